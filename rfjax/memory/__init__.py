@@ -1,0 +1,46 @@
+"""What is kept of the past, and where on the time axis it is attended: one small file a policy.
+
+Nothing here knows of a network. See `base` for the contract.
+"""
+
+from rfjax.memory.base import (
+    HISTORY,
+    NONE,
+    SINK,
+    TAIL,
+    Choice,
+    FramePolicy,
+    FrameStore,
+    MemoryPolicy,
+    MemoryShape,
+    Stored,
+    Trace,
+    View,
+)
+from rfjax.memory.footprint import Footprint, footprint
+from rfjax.memory.registry import POLICIES, create, register
+from rfjax.memory.relaxed import RelaxForcing
+from rfjax.memory.window import AttentionSink, SelfForcing
+
+__all__ = [
+    "HISTORY",
+    "NONE",
+    "POLICIES",
+    "SINK",
+    "TAIL",
+    "AttentionSink",
+    "Choice",
+    "Footprint",
+    "FramePolicy",
+    "FrameStore",
+    "MemoryPolicy",
+    "MemoryShape",
+    "RelaxForcing",
+    "SelfForcing",
+    "Stored",
+    "Trace",
+    "View",
+    "create",
+    "footprint",
+    "register",
+]

@@ -1,0 +1,132 @@
+"""Softmax attention over packed keys, with nothing about memory in it.
+
+Softmax does not care for the order of keys, so callers pack `[own chunk | valid memory | padding]` and pass how many
+keys are valid. Each platform has one implementation, chosen when the computation is traced.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float, Int
+
+from rfjax.errors import UserError
+
+Implementation = Literal["xla", "cudnn", "splash"]
+
+SCORE_BYTES = 2**26
+"""The XLA path works on blocks of queries whose scores take at most this much (measured: docs/architecture.md)."""
+
+
+def attention(
+    q: Float[Array, "B Q H D"],
+    k: Float[Array, "B K H D"],
+    v: Float[Array, "B K H D"],
+    kv_length: Int[Array, "B"] | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B Q H D"]:
+    """Attention of every query to the first `kv_length` keys of its sample (to all of them where it is None).
+
+    Scores are scaled by 1/sqrt(D); softmax is computed in float32. `implementation` None takes the platform's own:
+    cuDNN for 16-bit types on NVIDIA GPUs, the Pallas splash kernel on TPU, blocked XLA elsewhere.
+
+    Raises:
+        UserError: cuDNN was asked for with 32-bit types or a head dimension above 128.
+    """
+    implementation = implementation or default_implementation(q.dtype, q.shape[-1])
+    if implementation == "cudnn":
+        return _cudnn(q, k, v, kv_length)
+    if implementation == "splash":
+        return _splash(q, k, v, kv_length)
+    return _xla(q, k, v, kv_length)
+
+
+def default_implementation(dtype: jnp.dtype, head_dim: int) -> Implementation:
+    """The fastest implementation that the default device has for these operands."""
+    platform = jax.default_backend()
+    if platform == "tpu":
+        return "splash"
+    if platform == "gpu" and jnp.dtype(dtype).itemsize == 2 and head_dim <= 128 and head_dim % 8 == 0:
+        return "cudnn"
+    return "xla"
+
+
+def _xla(q, k, v, kv_length):
+    batch, queries, heads, head_dim = q.shape
+    keys = k.shape[1]
+    q, k, v = (rearrange(x, "b t h d -> b h t d") for x in (q * head_dim**-0.5, k, v))
+    mask = None if kv_length is None else jnp.arange(keys) < kv_length[:, None, None, None]
+
+    def attend(q_block):
+        scores = jnp.einsum("bhqd,bhkd->bhqk", q_block, k, preferred_element_type=jnp.float32)
+        if mask is not None:
+            scores = jnp.where(mask, scores, -jnp.inf)
+        # Dividing after the product with the values saves one pass over the scores.
+        weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+        total = weights.sum(axis=-1, keepdims=True)
+        out = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return (out / total).astype(v.dtype)
+
+    blocks = _query_blocks(queries, batch * heads * keys * 4)
+    if blocks == 1:
+        return rearrange(attend(q), "b h t d -> b t h d")
+    out = jax.lax.map(attend, rearrange(q, "b h (n t) d -> n b h t d", n=blocks))
+    return rearrange(out, "n b h t d -> b (n t) h d")
+
+
+def _query_blocks(queries: int, bytes_per_query: int) -> int:
+    """The smallest division of the queries into equal blocks whose scores stay below SCORE_BYTES."""
+    for blocks in range(1, queries + 1):
+        if queries % blocks == 0 and queries // blocks * bytes_per_query <= SCORE_BYTES:
+            return blocks
+    return queries
+
+
+def _cudnn(q, k, v, kv_length):
+    if q.dtype.itemsize != 2 or q.shape[-1] > 128:
+        raise UserError(
+            f"attention implementation 'cudnn' got {q.dtype} with head dimension {q.shape[-1]}; "
+            "it needs a 16-bit type and at most 128 (use 'xla')"
+        )
+    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=kv_length, implementation="cudnn")
+
+
+@functools.cache
+def _splash_kernel(queries: int, keys: int, heads: int):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    mask = masks.MultiHeadMask([masks.FullMask((queries, keys))] * heads)
+    block_q, block_kv = min(512, queries), min(1024, keys)
+    sizes = kernel.BlockSizes(block_q=block_q, block_kv=block_kv, block_kv_compute=min(512, block_kv))
+    return kernel.make_splash_mha_single_device(mask, block_sizes=sizes)
+
+
+def _splash(q, k, v, kv_length):
+    """The TPU kernel: tokens padded to whole blocks of 128, padding told apart from keys by its segment."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+
+    batch, queries, heads, head_dim = q.shape
+    keys = k.shape[1]
+    padded_q, padded_k = _round_up(queries, 512), _round_up(keys, 1024)
+    padded_d = _round_up(head_dim, 128)
+
+    def pad(x, tokens):
+        x = jnp.pad(x, ((0, 0), (0, tokens - x.shape[1]), (0, 0), (0, padded_d - head_dim)))
+        return rearrange(x, "b t h d -> b h t d")
+
+    length = jnp.full((batch,), keys, jnp.int32) if kv_length is None else kv_length
+    segments = kernel.SegmentIds(
+        q=jnp.zeros((batch, padded_q), jnp.int32),
+        kv=(jnp.arange(padded_k) >= length[:, None]).astype(jnp.int32),
+    )
+    attend = jax.vmap(_splash_kernel(padded_q, padded_k, heads))
+    q, k, v = pad(q * head_dim**-0.5, padded_q), pad(k, padded_k), pad(v, padded_k)
+    out = jnp.asarray(attend(q, k, v, segment_ids=segments))
+    return rearrange(out[:, :, :queries, :head_dim], "b h t d -> b t h d")
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,55 @@
+"""Three-axis rotary embedding with exact phases at any distance.
+
+Only differences of positions matter to attention, so time is counted from the first frame of the chunk being
+generated and remembered frames sit at negative positions. Phases are integers modulo 2**32 (one turn), which wrap
+without error: there is no last frame, and frame 10**6 is as exact as frame 1.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+BASE = 10_000.0
+
+
+def _phase_steps(pairs: int) -> np.ndarray:
+    """Advance of each pair's phase for one step of position, as a fraction of a turn times 2**32."""
+    frequencies = BASE ** (-np.arange(pairs, dtype=np.float64) / pairs)
+    return np.rint(frequencies / (2 * np.pi) * 2.0**32).astype(np.uint32)
+
+
+def _angles(positions: Int[Array, "*shape"], pairs: int) -> Float[Array, "*shape pairs"]:
+    phase = positions.astype(jnp.uint32)[..., None] * jnp.asarray(_phase_steps(pairs))
+    signed = jax.lax.bitcast_convert_type(phase, jnp.int32)
+    return signed.astype(jnp.float32) * np.float32(2 * np.pi / 2.0**32)
+
+
+def rotation(
+    positions: Int[Array, "B F"], rows: int, columns: int, head_dim: int
+) -> tuple[Float[Array, "B F T 1 pairs"], Float[Array, "B F T 1 pairs"]]:
+    """Cosines and sines that turn every token of frames at the given time positions, T = rows * columns.
+
+    Of the head_dim / 2 pairs the first `c - 2 * (c // 3)` turn with time, then `c // 3` with the row and `c // 3` with
+    the column (Wan2.1, `wan/modules/model.py`: rope_params, rope_apply).
+    """
+    pairs = head_dim // 2
+    spatial = pairs // 3
+    batch, frames = positions.shape
+    time = _angles(positions, pairs - 2 * spatial)[:, :, None, None, :]
+    row = _angles(jnp.arange(rows), spatial)[:, None, :]
+    column = _angles(jnp.arange(columns), spatial)[None, :, :]
+    grid = (batch, frames, rows, columns)
+    angles = jnp.concatenate([jnp.broadcast_to(a, (*grid, a.shape[-1])) for a in (time, row, column)], axis=-1)
+    angles = angles.reshape(batch, frames, rows * columns, 1, pairs)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "*L B F T H D"], cos: Float[Array, "B F T 1 pairs"], sin: Float[Array, "B F T 1 pairs"]
+) -> Float[Array, "*L B F T H D"]:
+    """Turn each interleaved pair (2i, 2i + 1) of `x` by its angle; computed in float32, returned in x's type."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)

@@ -1,0 +1,291 @@
+"""The Wan diffusion transformer, bidirectional and causal in one module.
+
+Without memory, attention sees all frames given: the bidirectional teacher and score networks. With memory, the frames
+given are one chunk and attention sees the chunk and the remembered frames: the causal student. Layers are one stacked
+parameter tree run by `lax.scan`. Source: Wan2.1 `wan/modules/model.py`, Self-Forcing `wan/modules/causal_model.py`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from rfjax.config import TransformerConfig
+from rfjax.models.attention import attention
+from rfjax.models.rope import rotate, rotation
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TextContext:
+    """Cross-attention keys and values of every layer: they depend on the prompt alone and are made once."""
+
+    keys: Float[Array, "L B T C"]
+    """After the key norm, heads flattened."""
+    values: Float[Array, "L B T C"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttendedMemory:
+    """Remembered frames as self-attention reads them: rotated, valid tokens first."""
+
+    keys: Float[Array, "L B M C"]
+    """After the key norm and the rotary embedding, heads flattened; M tokens, padding included."""
+    values: Float[Array, "L B M C"]
+    length: Int[Array, "B"]
+    """How many of the M tokens are valid."""
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over all channels, statistics in float32."""
+
+    def __init__(self, dim: int, eps: float, *, param_dtype):
+        self.scale = nnx.Param(jnp.ones(dim, param_dtype))
+        self.eps = eps
+
+    def __call__(self, x):
+        """Norm the last axis of x."""
+        f = x.astype(jnp.float32)
+        f = f * jax.lax.rsqrt(jnp.mean(jnp.square(f), axis=-1, keepdims=True) + self.eps)
+        return (f * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class AffineNorm(nnx.Module):
+    """Layer norm with weight and bias, statistics in float32."""
+
+    def __init__(self, dim: int, eps: float, *, param_dtype):
+        self.scale = nnx.Param(jnp.ones(dim, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(dim, param_dtype))
+        self.eps = eps
+
+    def __call__(self, x):
+        """Norm the last axis of x."""
+        normed = layer_norm(x, self.eps)
+        return (normed * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """Linear, activation, Linear."""
+
+    def __init__(self, din: int, hidden: int, dout: int, activation, *, rngs: nnx.Rngs, param_dtype):
+        self.fc1 = linear(din, hidden, rngs=rngs, param_dtype=param_dtype)
+        self.fc2 = linear(hidden, dout, rngs=rngs, param_dtype=param_dtype)
+        self.activation = activation
+
+    def __call__(self, x):
+        """Map the last axis of x."""
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Attention(nnx.Module):
+    """Projections and norms of one attention; the norms run over the whole model dimension, before the heads."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, param_dtype):
+        dim = config.dim
+        self.q = linear(dim, dim, rngs=rngs, param_dtype=param_dtype)
+        self.k = linear(dim, dim, rngs=rngs, param_dtype=param_dtype)
+        self.v = linear(dim, dim, rngs=rngs, param_dtype=param_dtype)
+        self.o = linear(dim, dim, rngs=rngs, param_dtype=param_dtype)
+        self.norm_q = RMSNorm(dim, config.eps, param_dtype=param_dtype)
+        self.norm_k = RMSNorm(dim, config.eps, param_dtype=param_dtype)
+
+
+class Block(nnx.Module):
+    """One layer: self-attention, cross-attention and feed-forward, modulated per frame by the timestep."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, param_dtype):
+        dim = config.dim
+        self.config = config
+        self.modulation = nnx.Param(modulation_init(rngs, 6, dim, param_dtype))
+        self.self_attn = Attention(config, rngs=rngs, param_dtype=param_dtype)
+        self.cross_attn = Attention(config, rngs=rngs, param_dtype=param_dtype)
+        self.cross_norm = AffineNorm(dim, config.eps, param_dtype=param_dtype)
+        self.ffn = MLP(dim, config.ffn_dim, dim, jax.nn.gelu, rngs=rngs, param_dtype=param_dtype)
+
+    def __call__(self, x, modulation, rope, text: TextContext, memory: AttendedMemory | None):
+        """Run the layer on tokens x [B, F, T, C]; also return the chunk's own keys (before rotation) and values."""
+        e = modulation + self.modulation[...].astype(jnp.float32)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (e[:, :, None, i] for i in range(6))
+
+        h = (layer_norm(x, self.config.eps) * (1 + scale1) + shift1).astype(x.dtype)
+        y, keys, values = self._self_attention(h, rope, memory)
+        x = x + (y * gate1).astype(x.dtype)
+
+        x = x + self._cross_attention(self.cross_norm(x), text)
+
+        h = (layer_norm(x, self.config.eps) * (1 + scale2) + shift2).astype(x.dtype)
+        x = x + (self.ffn(h) * gate2).astype(x.dtype)
+        return x, keys, values
+
+    def _self_attention(self, h, rope, memory: AttendedMemory | None):
+        attn, frames = self.self_attn, h.shape[1]
+        keys, values = attn.norm_k(attn.k(h)), attn.v(h)
+        q, k = (rotate(self._heads(t), *rope) for t in (attn.norm_q(attn.q(h)), keys))
+        q, k, v = (rearrange(t, "b f t h d -> b (f t) h d") for t in (q, k, self._heads(values)))
+        length = None
+        if memory is not None:
+            length = memory.length + k.shape[1]
+            k = jnp.concatenate([k, self._heads(memory.keys)], axis=1)
+            v = jnp.concatenate([v, self._heads(memory.values)], axis=1)
+        with jax.named_scope("self_attention"):
+            out = attention(q, k, v, length)
+        return attn.o(rearrange(out, "b (f t) h d -> b f t (h d)", f=frames)), keys, values
+
+    def _cross_attention(self, h, text: TextContext):
+        attn, frames = self.cross_attn, h.shape[1]
+        q = rearrange(self._heads(attn.norm_q(attn.q(h))), "b f t h d -> b (f t) h d")
+        out = attention(q, self._heads(text.keys), self._heads(text.values))
+        return attn.o(rearrange(out, "b (f t) h d -> b f t (h d)", f=frames))
+
+    def _heads(self, x):
+        return x.reshape(*x.shape[:-1], self.config.num_heads, self.config.head_dim)
+
+
+class Head(nnx.Module):
+    """Modulated norm and projection to the latent positions of each token."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, param_dtype):
+        self.config = config
+        self.modulation = nnx.Param(modulation_init(rngs, 2, config.dim, param_dtype))
+        self.linear = linear(config.dim, config.patch_volume * config.out_dim, rngs=rngs, param_dtype=param_dtype)
+
+    def __call__(self, x, embedding):
+        """Map tokens x [B, F, T, C], with the timestep's embedding [B, F, C], to [B, F, T, patch volume * channels]."""
+        e = embedding[:, :, None] + self.modulation[...].astype(jnp.float32)
+        shift, scale = e[:, :, None, 0], e[:, :, None, 1]
+        return self.linear((layer_norm(x, self.config.eps) * (1 + scale) + shift).astype(x.dtype))
+
+
+class WanTransformer(nnx.Module):
+    """The network: latents and timesteps in, flow `noise - x0` out."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
+        self.config = config
+        dim = config.dim
+        kwargs = {"rngs": rngs, "param_dtype": param_dtype}
+        self.patch_embedding = linear(config.patch_volume * config.in_dim, dim, **kwargs)
+        self.text_embedding = MLP(config.text_dim, dim, dim, jax.nn.gelu, **kwargs)
+        self.time_embedding = MLP(config.freq_dim, dim, dim, jax.nn.silu, **kwargs)
+        self.time_projection = linear(dim, 6 * dim, **kwargs)
+        self.blocks = stacked(Block, config.num_layers, config, **kwargs)
+        self.head = Head(config, **kwargs)
+
+    def __call__(
+        self,
+        latents: Float[Array, "B F H W C"],
+        timestep: Float[Array, "B F"],
+        text: TextContext,
+        memory: AttendedMemory | None = None,
+        return_kv: bool = False,
+    ) -> tuple[Float[Array, "B F H W C_out"], tuple[Float[Array, "L B F T D"], Float[Array, "L B F T D"]] | None]:
+        """Predict the flow, in float32, of frames that stand at time positions 0 to F - 1.
+
+        Args:
+            latents: noisy latents; computed in the type of the parameters.
+            timestep: in [0, 1000], one a frame.
+            text: from `embed_text`.
+            memory: remembered frames, rotated to their positions relative to the first frame given.
+            return_kv: also return keys (after the norm, before rotation) and values of every layer, for a memory.
+        """
+        config = self.config
+        batch, frames, height, width, _ = latents.shape
+        rows, columns = height // config.patch_size[1], width // config.patch_size[2]
+        dtype = self.patch_embedding.kernel[...].dtype
+        x = self.patch_embedding(patchify(latents.astype(dtype), config.patch_size))
+        embedding, modulation = self._embed_time(timestep)
+        positions = jnp.broadcast_to(jnp.arange(frames), (batch, frames))
+        rope = rotation(positions, rows, columns, config.head_dim)
+        graphdef, layers = nnx.split(self.blocks)
+
+        def layer(x, scanned):
+            params, text, keys, values = scanned
+            attended = None if memory is None else AttendedMemory(keys, values, memory.length)
+            x, keys, values = nnx.merge(graphdef, params)(x, modulation, rope, text, attended)
+            return x, (keys, values) if return_kv else None
+
+        remembered = (None, None) if memory is None else (memory.keys, memory.values)
+        x, kv = jax.lax.scan(layer, x, (layers, text, *remembered))
+        out = self.head(x, embedding).astype(jnp.float32)
+        return unpatchify(out, rows, columns, config.patch_size), kv
+
+    def embed_text(self, prompt_embeds: Float[Array, "B T D"]) -> TextContext:
+        """Zero-pad prompt embeddings to the text length and project them to every layer's keys and values."""
+        dtype = self.text_embedding.fc1.kernel[...].dtype
+        missing = self.config.text_len - prompt_embeds.shape[1]
+        context = self.text_embedding(jnp.pad(prompt_embeds.astype(dtype), ((0, 0), (0, missing), (0, 0))))
+        graphdef, layers = nnx.split(self.blocks)
+
+        def project(params):
+            attn = nnx.merge(graphdef, params).cross_attn
+            return TextContext(attn.norm_k(attn.k(context)), attn.v(context))
+
+        return jax.lax.map(project, layers)
+
+    def _embed_time(self, timestep):
+        """Return the timestep's embedding [B, F, D] and modulation [B, F, 6, D], computed in float32."""
+        embedding = self.time_embedding(timestep_features(timestep, self.config.freq_dim))
+        modulation = self.time_projection(jax.nn.silu(embedding))
+        return embedding, rearrange(modulation, "b f (six d) -> b f six d", six=6)
+
+
+def timestep_features(timestep: Float[Array, "B F"], dim: int) -> Float[Array, "B F D"]:
+    """Cosines, then sines, of `t * 10000 ** (-i / (dim / 2))`, float32."""
+    half = dim // 2
+    frequencies = (10_000.0 ** (-np.arange(half, dtype=np.float64) / half)).astype(np.float32)
+    angles = timestep[..., None].astype(jnp.float32) * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def rotate_memory(
+    keys: Float[Array, "L B S T C"], positions: Int[Array, "B S"], rows: int, columns: int, config: TransformerConfig
+) -> Float[Array, "L B M C"]:
+    """Turn remembered keys to their time positions and flatten frames and tokens, M = S * T."""
+    heads = keys.reshape(*keys.shape[:-1], config.num_heads, config.head_dim)
+    turned = rotate(heads, *rotation(positions, rows, columns, config.head_dim))
+    return rearrange(turned, "l b s t h d -> l b (s t) (h d)")
+
+
+def patchify(latents: Float[Array, "B F H W C"], patch: tuple[int, ...]) -> Float[Array, "B F tokens volume"]:
+    """Cut each frame into tokens of 1 x rows x columns positions, features ordered (row, column, channel)."""
+    return rearrange(latents, "b f (y p) (x q) c -> b f (y x) (p q c)", p=patch[1], q=patch[2])
+
+
+def unpatchify(
+    tokens: Float[Array, "B F tokens volume"], rows: int, columns: int, patch: tuple[int, ...]
+) -> Float[Array, "B F H W C"]:
+    """Undo `patchify`."""
+    return rearrange(tokens, "b f (y x) (p q c) -> b f (y p) (x q) c", y=rows, x=columns, p=patch[1], q=patch[2])
+
+
+def layer_norm(x: Float[Array, "*shape C"], eps: float) -> Float[Array, "*shape C"]:
+    """Layer norm without weights, in float32."""
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + eps)
+
+
+def linear(din: int, dout: int, *, rngs: nnx.Rngs, param_dtype) -> nnx.Linear:
+    """A dense layer with bias that computes in the type of its input."""
+    init = nnx.initializers.xavier_uniform()
+    return nnx.Linear(din, dout, rngs=rngs, param_dtype=param_dtype, kernel_init=init)
+
+
+def modulation_init(rngs: nnx.Rngs, rows: int, dim: int, dtype) -> jax.Array:
+    """Normal with standard deviation dim ** -0.5, as upstream."""
+    return jax.random.normal(rngs.params(), (rows, dim), dtype) * dim**-0.5
+
+
+def stacked(block, layers: int, config, *, rngs: nnx.Rngs, param_dtype):
+    """Make `layers` copies of a block with their parameters stacked on a new first axis."""
+
+    @nnx.split_rngs(splits=layers)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def make(rngs):
+        return block(config, rngs=rngs, param_dtype=param_dtype)
+
+    return make(rngs)

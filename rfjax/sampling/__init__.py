@@ -1,0 +1,1 @@
+"""From noise and a prompt to latents, and from latents to pixels."""

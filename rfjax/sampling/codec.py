@@ -1,0 +1,93 @@
+"""Between what people see and what the transformer works on: pixels and latents, prompts and embeddings."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from rfjax.config import TextEncoderConfig, VAEConfig
+from rfjax.errors import UserError
+from rfjax.models import text_encoder, vae
+from rfjax.models.functional import AnyArray, Params
+from rfjax.models.model import Model
+from rfjax.models.tokenizer import Tokenizer
+
+_decode = functools.partial(jax.jit, static_argnums=0)(vae.decode)
+_encode = functools.partial(jax.jit, static_argnums=0)(vae.encode)
+_encode_tokens = functools.partial(jax.jit, static_argnums=0)(text_encoder.encode_tokens)
+
+
+def decode(model: Model, latents: Float[AnyArray, "B F h w C"]) -> Float[Array, "B T H W 3"]:
+    """Decode normalised latents to video in [-1, 1], T = 1 + 4 (F - 1) frames at 8 times the size for Wan's sizes.
+
+    Raises:
+        UserError: the checkpoint has no autoencoder, or the latents have another number of channels.
+    """
+    config, params = vae_of(model)
+    if latents.shape[-1] != config.z_dim:
+        raise UserError(f"latents have {latents.shape[-1]} channels; the autoencoder takes {config.z_dim}")
+    return _decode(config, params, latents)
+
+
+def encode(model: Model, video: Float[AnyArray, "B T H W 3"]) -> Float[Array, "B F h w C"]:
+    """Encode video in [-1, 1] to normalised latents, F = 1 + (T - 1) / 4 for Wan's sizes.
+
+    Raises:
+        UserError: the checkpoint has no autoencoder, or a size that does not divide.
+    """
+    config, params = vae_of(model)
+    _, frames, height, width, _ = video.shape
+    time, space = config.temporal_factor, config.spatial_factor
+    if (frames - 1) % time:
+        raise UserError(f"the video has {frames} frames; 1 + a multiple of {time} is needed")
+    for name, size in (("height", height), ("width", width)):
+        if size % space:
+            raise UserError(f"the video's {name} is {size}; a multiple of {space} is needed")
+    return _encode(config, params, video)
+
+
+def encode_tokens(model: Model, ids: Int[AnyArray, "B L"], mask: Int[AnyArray, "B L"]) -> Float[Array, "B L D"]:
+    """Encode token ids; hidden states where `mask` is 0 are zero.
+
+    Raises:
+        UserError: the checkpoint has no text encoder.
+    """
+    config, params = _text_encoder_of(model)
+    return _encode_tokens(config, params, jnp.asarray(ids), jnp.asarray(mask))
+
+
+def encode_prompt(model: Model, prompts: list[str]) -> Float[Array, "B L D"]:
+    """Clean, tokenise and encode prompts, padded with zeros to the transformer's text length.
+
+    Raises:
+        UserError: the checkpoint has no text encoder or tokenizer, its embeddings do not fit its transformer, or a
+            prompt is empty.
+    """
+    config, _ = _text_encoder_of(model)
+    if config.dim != model.config.transformer.text_dim:
+        raise UserError(
+            f"the checkpoint's text encoder gives width {config.dim}, but its transformer takes "
+            f"{model.config.transformer.text_dim}: they do not belong together"
+        )
+    return encode_tokens(model, *tokenizer_of(model)(prompts))
+
+
+def tokenizer_of(model: Model) -> Tokenizer:
+    """Return the checkpoint's tokenizer or raise `UserError`."""
+    if model.tokenizer is None:
+        raise UserError("the checkpoint has no tokenizer; convert it with --tokenizer, or pass prompt embeddings")
+    return model.tokenizer
+
+
+def vae_of(model: Model) -> tuple[VAEConfig, Params]:
+    """Return the checkpoint's autoencoder or raise `UserError`."""
+    if model.config.vae is None or model.vae is None:
+        raise UserError("the checkpoint has no autoencoder; convert it with --vae")
+    return model.config.vae, model.vae
+
+
+def _text_encoder_of(model: Model) -> tuple[TextEncoderConfig, Params]:
+    if model.config.umt5 is None or model.text_encoder is None:
+        raise UserError("the checkpoint has no text encoder; convert it with --text-encoder, or pass prompt embeddings")
+    return model.config.umt5, model.text_encoder

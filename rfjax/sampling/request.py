@@ -1,0 +1,125 @@
+"""What a rollout is asked for, checked: every mistake is found here, before anything is computed."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from rfjax.config import ModelConfig
+from rfjax.errors import UserError
+from rfjax.models.functional import AnyArray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ChunkNoise:
+    """All noise that a rollout or a chunk uses; what is None is drawn from the keys."""
+
+    keys: PRNGKeyArray | None
+    """[B] one key a sample; a chunk's draws depend on its key and its place in the video alone."""
+    initial: Float[Array, "*chunks B n H W C"] | None
+    """Where each chunk starts."""
+    renoise: Float[Array, "*chunks steps B n H W C"] | None
+    """Added after every denoising step but the last."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Sizes and noise of a rollout."""
+
+    noise: ChunkNoise
+    """With a chunks axis on what is given."""
+    noise_shape: tuple[int, ...]
+    """[B, F, H, W, C] of the generated frames."""
+    given_frames: int
+    chunk_frames: int
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks are generated."""
+        return self.noise_shape[1] // self.chunk_frames
+
+    @property
+    def video_frames(self) -> int:
+        """Latent frames of the whole video, given ones included."""
+        return self.given_frames + self.noise_shape[1]
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """Latent rows and columns."""
+        return self.noise_shape[2], self.noise_shape[3]
+
+
+def request_of(
+    config: ModelConfig,
+    prompt_embeds: Float[AnyArray, "B T D"],
+    noise: Float[AnyArray, "B F H W C"] | tuple[int, ...],
+    renoise: Float[AnyArray, "chunks steps B n H W C"] | None,
+    key: PRNGKeyArray | Array | None,
+    initial_latents: Float[AnyArray, "B G H W C"] | None,
+) -> Request:
+    """Check the arguments of a rollout against the model and each other, or raise `UserError`."""
+    drawn = isinstance(noise, tuple)
+    shape = noise if drawn else noise.shape
+    given = 0 if initial_latents is None else initial_latents.shape[1]
+    _check_shapes(config, prompt_embeds, shape, given)
+    batch, frames, *frame_shape = shape
+    chunks = frames // config.chunk_frames
+    if initial_latents is not None and initial_latents.shape != (batch, given, *frame_shape):
+        raise UserError(
+            f"initial_latents have shape {initial_latents.shape}; noise {shape} needs ({batch}, frames, "
+            f"{', '.join(map(str, frame_shape))})"
+        )
+    later = (chunks, len(config.denoising_steps) - 1, batch, config.chunk_frames, *frame_shape)
+    if renoise is not None and renoise.shape != later:
+        raise UserError(f"renoise has shape {renoise.shape}; noise {shape} needs {later}")
+    if key is None and (drawn or renoise is None):
+        raise UserError(f"{'noise' if drawn else 'renoise'} is to be drawn, but no key was given")
+    keys = None if key is None else sample_keys(key, batch)
+    initial = None if isinstance(noise, tuple) else chunks_of(noise, config.chunk_frames)
+    return Request(
+        ChunkNoise(keys, initial, None if renoise is None else jnp.asarray(renoise)), shape, given, config.chunk_frames
+    )
+
+
+def _check_shapes(config: ModelConfig, prompt_embeds, shape, given: int) -> None:
+    network = config.transformer
+    if len(shape) != 5 or shape[-1] != network.in_dim:
+        raise UserError(f"noise has shape {shape}; [B, F, H, W, {network.in_dim}] is needed")
+    for name, frames in (("noise", shape[1]), ("initial_latents", given)):
+        if frames % config.chunk_frames or (name == "noise" and frames < 1):
+            raise UserError(
+                f"{name} has {frames} latent frames; a multiple of the chunk's {config.chunk_frames} is needed"
+            )
+    for name, size, patch in zip(("height", "width"), shape[2:4], network.patch_size[1:], strict=True):
+        if size < patch or size % patch:
+            raise UserError(f"latent {name} is {size}; a multiple of the patch's {patch} is needed")
+    if prompt_embeds.shape[0] != shape[0]:
+        raise UserError(f"prompt_embeds has {prompt_embeds.shape[0]} samples and noise {shape[0]}; they must be equal")
+    if prompt_embeds.shape[1] > network.text_len or prompt_embeds.shape[2] != network.text_dim:
+        raise UserError(
+            f"prompt_embeds has {prompt_embeds.shape[1]} tokens of width {prompt_embeds.shape[2]}; the transformer "
+            f"takes at most {network.text_len} of width {network.text_dim}"
+        )
+
+
+def sample_keys(key: PRNGKeyArray | Array, batch: int) -> PRNGKeyArray:
+    """Return one key a sample: those given, or `fold_in(key, index)` of a single one.
+
+    Raises:
+        UserError: an array of another number of keys.
+    """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.ndim == 0:
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    if key.shape != (batch,):
+        raise UserError(f"key has shape {key.shape}; one key, or one for each of the {batch} samples is needed")
+    return key
+
+
+def chunks_of(frames: Float[AnyArray, "B F H W C"], chunk_frames: int) -> Float[Array, "chunks B n H W C"]:
+    """Cut a video into chunks, on a first axis."""
+    batch, _, *rest = frames.shape
+    return jnp.moveaxis(jnp.asarray(frames).reshape(batch, -1, chunk_frames, *rest), 1, 0)
