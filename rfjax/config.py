@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import yaml
 
@@ -25,6 +25,9 @@ WAN_LATENT_STD = (
 )
 
 
+Config = TypeVar("Config", bound="_Config")
+
+
 class _Config:
     """Strict conversion from and to plain mappings, shared by the dataclasses below."""
 
@@ -33,7 +36,7 @@ class _Config:
     _aliases: typing.ClassVar[Mapping[str, str]] = {}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: str = "config") -> Self:
+    def from_dict(cls: type[Config], values: Mapping[str, Any], where: str = "config") -> Config:
         """Build from a mapping.
 
         Raises:
@@ -213,7 +216,7 @@ class ModelConfig(_Config):
     _aliases = types.MappingProxyType({"text_encoder": "umt5"})
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: str = "config") -> Self:
+    def from_dict(cls, values: Mapping[str, Any], where: str = "config") -> "ModelConfig":
         """Build from a mapping; `frame_tokens`, which follows from the other sizes, is checked and dropped."""
         values = dict(values)
         tokens = values.pop("frame_tokens", None)

@@ -13,14 +13,14 @@ chunk. Heads stay flattened because the last two axes (12, 128) would be padded 
 """
 
 import dataclasses
-import functools
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from rfjax.errors import UserError
+from rfjax.pytree import pytree
 
 NONE, SINK, HISTORY, TAIL = 0, 1, 2, 3
 """Roles of an attended frame, as they stand in `Trace.roles`."""
@@ -41,11 +41,7 @@ class MemoryShape:
     chunk_frames: int
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["keys", "values", "frames", "features"],
-    meta_fields=["shape"],
-)
+@pytree(static=["shape"])
 @dataclasses.dataclass(frozen=True)
 class FrameStore:
     """Whole frames kept in slots; a slot's place says nothing, its `frames` entry says which frame it holds."""
@@ -60,7 +56,7 @@ class FrameStore:
     shape: MemoryShape
 
 
-@jax.tree_util.register_dataclass
+@pytree()
 @dataclasses.dataclass(frozen=True)
 class Trace:
     """What one chunk attended beside itself. -1 stands for none in every index."""
@@ -79,7 +75,7 @@ class Trace:
     """Score of each candidate, NaN where there is none."""
 
 
-@jax.tree_util.register_dataclass
+@pytree()
 @dataclasses.dataclass(frozen=True)
 class View:
     """The frames that a chunk attends to, gathered into fixed slots, valid ones first."""
@@ -99,6 +95,7 @@ class View:
         return jnp.arange(self.positions.shape[1]) < self.length[:, None]
 
 
+@runtime_checkable
 class MemoryPolicy(Protocol):
     """What every memory policy provides. Policies are pytrees: numbers are traced leaves, sizes are static."""
 
@@ -134,7 +131,7 @@ class Stored:
     shape: MemoryShape
 
 
-@jax.tree_util.register_dataclass
+@pytree()
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """A `FramePolicy`'s decision for one sample and one chunk, valid entries in any place."""
@@ -194,17 +191,13 @@ class FramePolicy:
 
     def read(self, state: FrameStore, start: Int[Array, "B"]) -> View:
         """Gather the frames chosen for each sample, valid ones first."""
-        decide = jax.vmap(lambda frames, features, start: self.choose(Stored(frames, features, state.shape), start))
-        choice: Choice = decide(state.frames, state.features, start)
+
+        def decide(frames, features, start):
+            return self._decide(Stored(frames, features, state.shape), start)
+
+        choice = jax.vmap(decide)(state.frames, state.features, start)
         keys, values = state.keys, state.values
         if not self.attends_store:
-            order = jnp.argsort(choice.frames < 0, axis=1, stable=True)
-            choice = dataclasses.replace(
-                choice,
-                frames=jnp.take_along_axis(choice.frames, order, axis=1),
-                positions=jnp.take_along_axis(choice.positions, order, axis=1),
-                roles=jnp.take_along_axis(choice.roles, order, axis=1),
-            )
             slots = jnp.argmax(state.frames[:, None, :] == choice.frames[:, :, None], axis=2)
             samples = jnp.arange(slots.shape[0])[:, None]
             keys, values = keys[:, samples, slots], values[:, samples, slots]
@@ -217,6 +210,16 @@ class FramePolicy:
             scores=choice.scores,
         )
         return View(keys, values, choice.positions, jnp.sum(choice.frames >= 0, axis=1), trace)
+
+    def _decide(self, stored: Stored, start: Int[Array, ""]) -> Choice:
+        """Return one sample's choice, gathered frames with the valid ones first; slots are filled in that order."""
+        choice = self.choose(stored, start)
+        if self.attends_store:
+            return choice
+        order = jnp.argsort(choice.frames < 0, stable=True)
+        return dataclasses.replace(
+            choice, frames=choice.frames[order], positions=choice.positions[order], roles=choice.roles[order]
+        )
 
     def commit(
         self,

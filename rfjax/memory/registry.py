@@ -7,10 +7,9 @@ import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import jax
-
 from rfjax.errors import UserError, nearest
 from rfjax.memory.base import MemoryPolicy
+from rfjax.pytree import pytree
 
 POLICIES: dict[str, type] = {}
 
@@ -25,9 +24,7 @@ def register(name: str) -> Callable[[Policy], Policy]:
 
     def add(policy: Policy) -> Policy:
         hints = typing.get_type_hints(policy)
-        fields = [field.name for field in dataclasses.fields(policy)]
-        numbers = [field for field in fields if hints[field] is float]
-        jax.tree_util.register_dataclass(policy, numbers, [field for field in fields if field not in numbers])
+        pytree(static=[field.name for field in dataclasses.fields(policy) if hints[field.name] is not float])(policy)
         policy.name = name
         POLICIES[name] = policy
         return policy

@@ -49,7 +49,7 @@ def rotate(
     x: Float[Array, "*L B F T H D"], cos: Float[Array, "B F T 1 pairs"], sin: Float[Array, "B F T 1 pairs"]
 ) -> Float[Array, "*L B F T H D"]:
     """Turn each interleaved pair (2i, 2i + 1) of `x` by its angle; computed in float32, returned in x's type."""
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)

@@ -17,26 +17,27 @@ from jaxtyping import Array, Float, Int
 from rfjax.config import TransformerConfig
 from rfjax.models.attention import attention
 from rfjax.models.rope import rotate, rotation
+from rfjax.pytree import pytree
 
 
-@jax.tree_util.register_dataclass
+@pytree()
 @dataclasses.dataclass(frozen=True)
 class TextContext:
     """Cross-attention keys and values of every layer: they depend on the prompt alone and are made once."""
 
-    keys: Float[Array, "L B T C"]
+    keys: Float[Array, "*L B T C"]
     """After the key norm, heads flattened."""
-    values: Float[Array, "L B T C"]
+    values: Float[Array, "*L B T C"]
 
 
-@jax.tree_util.register_dataclass
+@pytree()
 @dataclasses.dataclass(frozen=True)
 class AttendedMemory:
     """Remembered frames as self-attention reads them: rotated, valid tokens first."""
 
-    keys: Float[Array, "L B M C"]
+    keys: Float[Array, "*L B M C"]
     """After the key norm and the rotary embedding, heads flattened; M tokens, padding included."""
-    values: Float[Array, "L B M C"]
+    values: Float[Array, "*L B M C"]
     length: Int[Array, "B"]
     """How many of the M tokens are valid."""
 

@@ -4,20 +4,21 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key
 
 from rfjax.config import ModelConfig
 from rfjax.errors import UserError
 from rfjax.models.functional import AnyArray
+from rfjax.pytree import pytree
 
 
-@jax.tree_util.register_dataclass
+@pytree()
 @dataclasses.dataclass(frozen=True)
 class ChunkNoise:
     """All noise that a rollout or a chunk uses; what is None is drawn from the keys."""
 
-    keys: PRNGKeyArray | None
-    """[B] one key a sample; a chunk's draws depend on its key and its place in the video alone."""
+    keys: Key[Array, "B"] | None
+    """One key a sample; a chunk's draws depend on its key and its place in the video alone."""
     initial: Float[Array, "*chunks B n H W C"] | None
     """Where each chunk starts."""
     renoise: Float[Array, "*chunks steps B n H W C"] | None
@@ -56,7 +57,7 @@ def request_of(
     prompt_embeds: Float[AnyArray, "B T D"],
     noise: Float[AnyArray, "B F H W C"] | tuple[int, ...],
     renoise: Float[AnyArray, "chunks steps B n H W C"] | None,
-    key: PRNGKeyArray | Array | None,
+    key: Array | None,
     initial_latents: Float[AnyArray, "B G H W C"] | None,
 ) -> Request:
     """Check the arguments of a rollout against the model and each other, or raise `UserError`."""
@@ -104,7 +105,7 @@ def _check_shapes(config: ModelConfig, prompt_embeds, shape, given: int) -> None
         )
 
 
-def sample_keys(key: PRNGKeyArray | Array, batch: int) -> PRNGKeyArray:
+def sample_keys(key: Array, batch: int) -> Key[Array, "B"]:
     """Return one key a sample: those given, or `fold_in(key, index)` of a single one.
 
     Raises:

@@ -14,18 +14,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int
 
 from rfjax.config import ModelConfig
 from rfjax.memory import MemoryPolicy, MemoryShape, Trace, View
 from rfjax.models.functional import AnyArray, Params, bind
 from rfjax.models.model import Model
 from rfjax.models.transformer import AttendedMemory, TextContext, WanTransformer, rotate_memory
+from rfjax.pytree import pytree
 from rfjax.sampling.request import ChunkNoise, chunks_of, request_of
 from rfjax.sampling.schedule import add_noise, sigma_at, warp
 
 
-@jax.tree_util.register_dataclass
+@pytree()
 @dataclasses.dataclass(frozen=True)
 class RolloutState:
     """Everything that passes from one chunk to the next."""
@@ -36,7 +37,7 @@ class RolloutState:
     """Index of the first frame of the chunk to come, for each sample."""
 
 
-@jax.tree_util.register_dataclass
+@pytree()
 @dataclasses.dataclass(frozen=True)
 class Chunk:
     """One finished chunk, or all chunks of a rollout stacked on a first axis."""
@@ -47,7 +48,7 @@ class Chunk:
     trace: Trace
 
 
-@jax.tree_util.register_dataclass
+@pytree()
 @dataclasses.dataclass(frozen=True)
 class Rollout:
     """A finished rollout."""
@@ -183,7 +184,7 @@ def rollout(
     noise: Float[AnyArray, "B F H W C"] | tuple[int, ...],
     *,
     renoise: Float[AnyArray, "chunks steps B n H W C"] | None = None,
-    key: PRNGKeyArray | Array | None = None,
+    key: Array | None = None,
     initial_latents: Float[AnyArray, "B G H W C"] | None = None,
 ) -> Rollout:
     """Generate a whole video per sample as one compiled program.
@@ -220,7 +221,7 @@ def stream(
     noise: Float[AnyArray, "B F H W C"] | tuple[int, ...],
     *,
     renoise: Float[AnyArray, "chunks steps B n H W C"] | None = None,
-    key: PRNGKeyArray | Array | None = None,
+    key: Array | None = None,
     initial_latents: Float[AnyArray, "B G H W C"] | None = None,
 ) -> Iterator[Chunk]:
     """Generate the same video as `rollout`, chunk by chunk; given frames are not repeated.
@@ -257,9 +258,16 @@ def begin(
     frame_size: tuple[int, int],
 ) -> tuple[TextContext, RolloutState]:
     """Return the prompts' cross-attention context and the empty state of a rollout."""
-    text = encode_text(model.config, model.transformer, jnp.asarray(prompt_embeds))
-    shape = memory_shape(model.config, prompt_embeds.shape[0], frame_size)
-    return text, RolloutState(policy.init(shape, video_frames, model.dtype), jnp.zeros(shape.batch, jnp.int32))
+    dtype = jnp.dtype(model.dtype)
+    return _begin(model.config, frame_size, video_frames, dtype, policy, model.transformer, jnp.asarray(prompt_embeds))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "frame_size", "video_frames", "dtype"))
+def _begin(config, frame_size, video_frames, dtype, policy, params, prompt_embeds):
+    # The state comes out of one program with the text, so that it lies where the parameters lie from the first step on.
+    text = encode_text(config, params, prompt_embeds)
+    shape = memory_shape(config, prompt_embeds.shape[0], frame_size)
+    return text, RolloutState(policy.init(shape, video_frames, dtype), jnp.zeros(shape.batch, jnp.int32))
 
 
 def memory_shape(config: ModelConfig, batch: int, frame_size: tuple[int, int]) -> MemoryShape:

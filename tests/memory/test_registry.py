@@ -1,0 +1,66 @@
+import jax.numpy as jnp
+import pytest
+
+from rfjax import memory
+from rfjax.errors import UserError
+from rfjax.memory import MemoryShape, footprint
+
+SHAPE = MemoryShape(layers=30, batch=1, heads=12, head_dim=128, frame_tokens=1560, chunk_frames=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("relax_forcin", {}, "unknown policy 'relax_forcin'; did you mean 'relax_forcing'"),
+        ("relax_forcing", {"sink_frame": 1}, "no setting 'sink_frame'; did you mean 'sink_frames'"),
+        ("relax_forcing", {"sink_frames": "two"}, "sink_frames is 'two'; it must be a whole number"),
+        ("relax_forcing", {"sink_frames": 1.5}, "sink_frames is 1.5; it must be a whole number"),
+        ("relax_forcing", {"sink_frames": True}, "sink_frames is True"),
+        ("relax_forcing", {"redundancy_weight": float("nan")}, "redundancy_weight is nan; it must be a finite number"),
+        ("relax_forcing", {"positions": "hybird"}, "positions is 'hybird'; it must be one of 'hybrid', 'true'"),
+        ("relax_forcing", {"history_frames": 3, "history_candidates": 2}, "history_candidates is 2; history_frames 3"),
+        ("relax_forcing", {"tail_frames": 0}, "tail_frames is 0; 1 or more"),
+        ("self_forcing", {"window_frames": 0}, "window_frames is 0; a positive number"),
+        ("self_forcing", {"sink_frames": -1}, "sink_frames is -1; 0 or more"),
+        ("attention_sink", {"tail_frames": -2}, "tail_frames is -2; 0 or more"),
+    ],
+)
+def test_create_says_what_is_wrong(name, settings, message):
+    with pytest.raises(UserError) as error:
+        memory.create(name, **settings)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("relax_forcing", {"reservoir_frames": 7}, "reservoir_frames is 7; sink 2, history 1, tail 1"),
+        ("self_forcing", {"window_frames": 2}, "window_frames is 2; sink_frames 0 and the chunk's 3 need at least 3"),
+        ("self_forcing", {"window_frames": 6, "sink_frames": 3}, "need at least 7"),
+    ],
+)
+def test_settings_must_fit_the_chunk(name, settings, message):
+    with pytest.raises(UserError, match=message):
+        memory.create(name, **settings).init(SHAPE, 60, jnp.bfloat16)
+
+
+def test_footprint_of_the_1_3b_model():
+    """K and V of one frame take 287.5 MB in bfloat16 (memory_policies.md)."""
+    frame = 30 * 2 * 1560 * 1536 * 2
+    relaxed = footprint(memory.create("relax_forcing"), SHAPE, 240, "bfloat16")
+    assert relaxed.attended_frames == 7
+    assert 47 * frame <= relaxed.state_bytes < 47.01 * frame
+    assert relaxed.view_bytes == 4 * frame
+    window = footprint(memory.create("self_forcing", window_frames=21), SHAPE, 240, "bfloat16")
+    assert window.attended_frames == 21
+    assert 18 * frame <= window.state_bytes < 18.01 * frame
+
+
+def test_only_the_dense_memory_depends_on_the_length():
+    for name, settings in (("relax_forcing", {}), ("attention_sink", {}), ("self_forcing", {"window_frames": 21})):
+        policy = memory.create(name, **settings)
+        assert footprint(policy, SHAPE, 21, "bfloat16") == footprint(policy, SHAPE, 2100, "bfloat16")
+    dense = memory.create("self_forcing")
+    assert footprint(dense, SHAPE, 21, "bfloat16").attended_frames == 21
+    assert footprint(dense, SHAPE, 42, "bfloat16").attended_frames == 42

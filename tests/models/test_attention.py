@@ -1,0 +1,70 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rfjax.errors import UserError
+from rfjax.models import attention as module
+from rfjax.models.attention import attention
+
+
+def slow(q, k, v, length):
+    """One query and one head at a time, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros_like(q)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            for i in range(q.shape[1]):
+                scores = k[b, : length[b], h] @ q[b, i, h] / np.sqrt(q.shape[-1])
+                weights = np.exp(scores - scores.max())
+                out[b, i, h] = weights / weights.sum() @ v[b, : length[b], h]
+    return out
+
+
+def operands(queries, keys, seed=0):
+    parts = jax.random.split(jax.random.key(seed), 3)
+    sizes = (queries, keys, keys)
+    return [jax.random.normal(part, (2, size, 3, 8)) for part, size in zip(parts, sizes, strict=True)]
+
+
+@settings(max_examples=5, deadline=None)
+@given(queries=st.integers(1, 12), keys=st.integers(1, 20), seed=st.integers(0, 5), data=st.data())
+def test_attends_to_the_valid_keys_alone(queries, keys, seed, data):
+    q, k, v = operands(queries, keys, seed)
+    length = np.asarray([data.draw(st.integers(1, keys)) for _ in range(2)], np.int32)
+    got = attention(q, k.at[:, length.max() :].set(jnp.nan) if length.max() < keys else k, v, jnp.asarray(length))
+    np.testing.assert_allclose(got, slow(q, k, v, length), atol=1e-5)
+
+
+def test_no_length_means_all_keys():
+    q, k, v = operands(5, 7)
+    np.testing.assert_allclose(attention(q, k, v), slow(q, k, v, [7, 7]), atol=1e-5)
+
+
+def test_blocks_of_queries_change_nothing(monkeypatch):
+    q, k, v = operands(12, 20)
+    whole = attention(q, k, v, jnp.asarray([20, 3]))
+    monkeypatch.setattr(module, "SCORE_BYTES", 2 * 3 * 20 * 4 * 5)
+    assert module._query_blocks(12, 2 * 3 * 20 * 4) == 3
+    np.testing.assert_allclose(attention(q, k, v, jnp.asarray([20, 3])), whole, atol=1e-6)
+
+
+def test_large_scores_do_not_overflow():
+    q, k, v = operands(4, 6)
+    assert np.isfinite(attention(q * 1e4, k * 1e4, v)).all()
+
+
+def test_cudnn_refuses_what_it_cannot_do():
+    q, k, v = operands(4, 6)
+    with pytest.raises(UserError, match="'cudnn' got float32 with head dimension 8"):
+        attention(q, k, v, implementation="cudnn")
+
+
+def test_splash_lowers_for_tpu():
+    q = jax.ShapeDtypeStruct((1, 4680, 12, 128), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((1, 7 * 1560, 12, 128), jnp.bfloat16)
+    length = jax.ShapeDtypeStruct((1,), jnp.int32)
+    splash = jax.jit(lambda q, k, v, n: attention(q, k, v, n, "splash"))
+    assert "tpu_custom_call" in jax.export.export(splash, platforms=["tpu"])(q, k, k, length).mlir_module()

@@ -1,0 +1,44 @@
+"""Device memory known in advance."""
+
+import pytest
+
+from rfjax.config import ModelConfig, TextEncoderConfig, VAEConfig
+from rfjax.errors import UserError
+from rfjax.memory import create
+from rfjax.sampling.budget import GB, VideoShape, check_fits, estimate
+
+WAN = ModelConfig(vae=VAEConfig(), umt5=TextEncoderConfig())
+MINUTE = VideoShape(batch=1, latent_frames=240, latent_height=60, latent_width=104)
+
+
+def test_wan_1_3b_has_the_published_parameters():
+    budget = estimate(ModelConfig(), create("relax_forcing"), MINUTE, "bfloat16")
+    assert budget.parameters == pytest.approx(1.419e9, rel=1e-3)
+    assert budget.weights == 2 * budget.parameters
+    assert estimate(WAN, create("relax_forcing"), MINUTE, "float32").parameters == pytest.approx(7.227e9, rel=1e-3)
+
+
+def test_relax_forcing_does_not_grow_with_length_and_a_dense_memory_does():
+    def of(policy, frames):
+        video = VideoShape(1, frames, 60, 104)
+        return estimate(ModelConfig(), create(policy), video, "bfloat16").total
+
+    assert of("relax_forcing", 240) == of("relax_forcing", 2400)
+    frame = 287.5e6
+    assert of("self_forcing", 21 + 30) - of("self_forcing", 21) >= 30 * frame
+
+
+def test_every_part_grows_with_the_batch_but_the_weights():
+    one = estimate(WAN, create("relax_forcing"), MINUTE, "bfloat16")
+    four = estimate(WAN, create("relax_forcing"), VideoShape(4, 240, 60, 104), "bfloat16")
+    assert four.weights == one.weights
+    assert four.memory == pytest.approx(4 * one.memory, rel=1e-6)
+    assert 3 * one.working < four.working < 4 * one.working
+
+
+def test_what_does_not_fit_says_how_much_is_needed():
+    budget = estimate(WAN, create("relax_forcing"), MINUTE, "bfloat16")
+    check_fits(budget, None)
+    check_fits(budget, budget.total)
+    with pytest.raises(UserError, match=rf"needs about {budget.total / GB:.1f} GB .* there are 24\.0 GB"):
+        check_fits(budget, int(24 * GB))
