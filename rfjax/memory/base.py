@@ -209,7 +209,7 @@ class FramePolicy:
             candidates=choice.candidates,
             scores=choice.scores,
         )
-        return View(keys, values, choice.positions, jnp.sum(choice.frames >= 0, axis=1), trace)
+        return View(keys, values, choice.positions, jnp.sum(choice.frames >= 0, axis=1, dtype=jnp.int32), trace)
 
     def _decide(self, stored: Stored, start: Int[Array, ""]) -> Choice:
         """Return one sample's choice, gathered frames with the valid ones first; slots are filled in that order."""

@@ -26,12 +26,10 @@ class ChunkNoise:
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """Sizes and noise of a rollout."""
+class Sizes:
+    """Static sizes of a rollout."""
 
-    noise: ChunkNoise
-    """With a chunks axis on what is given."""
-    noise_shape: tuple[int, ...]
+    generated: tuple[int, ...]
     """[B, F, H, W, C] of the generated frames."""
     given_frames: int
     chunk_frames: int
@@ -39,17 +37,17 @@ class Request:
     @property
     def chunks(self) -> int:
         """How many chunks are generated."""
-        return self.noise_shape[1] // self.chunk_frames
+        return self.generated[1] // self.chunk_frames
 
     @property
     def video_frames(self) -> int:
         """Latent frames of the whole video, given ones included."""
-        return self.given_frames + self.noise_shape[1]
+        return self.given_frames + self.generated[1]
 
     @property
     def frame_size(self) -> tuple[int, int]:
         """Latent rows and columns."""
-        return self.noise_shape[2], self.noise_shape[3]
+        return self.generated[2], self.generated[3]
 
 
 def request_of(
@@ -59,8 +57,12 @@ def request_of(
     renoise: Float[AnyArray, "chunks steps B n H W C"] | None,
     key: Array | None,
     initial_latents: Float[AnyArray, "B G H W C"] | None,
-) -> Request:
-    """Check the arguments of a rollout against the model and each other, or raise `UserError`."""
+) -> tuple[Sizes, ChunkNoise]:
+    """Return a rollout's sizes, and its noise with a chunks axis on what is given.
+
+    Raises:
+        UserError: the arguments do not fit the model or each other.
+    """
     drawn = isinstance(noise, tuple)
     shape = noise if drawn else noise.shape
     given = 0 if initial_latents is None else initial_latents.shape[1]
@@ -79,9 +81,8 @@ def request_of(
         raise UserError(f"{'noise' if drawn else 'renoise'} is to be drawn, but no key was given")
     keys = None if key is None else sample_keys(key, batch)
     initial = None if isinstance(noise, tuple) else chunks_of(noise, config.chunk_frames)
-    return Request(
-        ChunkNoise(keys, initial, None if renoise is None else jnp.asarray(renoise)), shape, given, config.chunk_frames
-    )
+    later_noise = None if renoise is None else jnp.asarray(renoise)
+    return Sizes(tuple(shape), given, config.chunk_frames), ChunkNoise(keys, initial, later_noise)
 
 
 def _check_shapes(config: ModelConfig, prompt_embeds, shape, given: int) -> None:

@@ -161,20 +161,29 @@ step = jax.jit(chunk_step, static_argnames=("config", "frame_size"), donate_argn
 _remember = jax.jit(remember, static_argnames=("config", "frame_size"), donate_argnames="state")
 
 
-@functools.partial(jax.jit, static_argnames=("config", "frame_size", "chunks"))
-def _scan(config, frame_size, chunks, policy, params, text, state, given, noise):
-    """Take in the given chunks [G, B, n, ...] and generate `chunks` more, as one program."""
+@functools.partial(jax.jit, static_argnames=("config", "frame_size", "video_frames", "dtype"))
+def _begin(config, frame_size, video_frames, dtype, policy, params, prompt_embeds):
+    # The state comes out of one program with the text, so that it lies where the parameters lie from the first step on.
+    text = encode_text(config, params, prompt_embeds)
+    shape = memory_shape(config, prompt_embeds.shape[0], frame_size)
+    return text, RolloutState(policy.init(shape, video_frames, dtype), jnp.zeros(shape.batch, jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sizes", "dtype"))
+def _whole(config, sizes, dtype, policy, params, prompt_embeds, given, noise):
+    """Take in the given chunks [G, B, n, ...] and generate all others, as one program."""
+    text, state = _begin(config, sizes.frame_size, sizes.video_frames, dtype, policy, params, prompt_embeds)
 
     def take_in(state, latents):
-        return remember(config, frame_size, policy, params, text, state, latents), None
+        return remember(config, sizes.frame_size, policy, params, text, state, latents), None
 
     def generate(state, noise_of_chunk):
         own = dataclasses.replace(noise, initial=noise_of_chunk[0], renoise=noise_of_chunk[1])
-        return chunk_step(config, frame_size, policy, params, text, state, own)
+        return chunk_step(config, sizes.frame_size, policy, params, text, state, own)
 
     if given is not None:
         state, _ = jax.lax.scan(take_in, state, given)
-    return jax.lax.scan(generate, state, (noise.initial, noise.renoise), length=chunks)[1]
+    return jax.lax.scan(generate, state, (noise.initial, noise.renoise), length=sizes.chunks)[1]
 
 
 def rollout(
@@ -202,13 +211,11 @@ def rollout(
     Raises:
         UserError: shapes that do not fit the model or each other, or noise to draw and no key.
     """
-    request = request_of(model.config, prompt_embeds, noise, renoise, key, initial_latents)
-    text, state = begin(model, policy, prompt_embeds, request.video_frames, request.frame_size)
-    given = None if initial_latents is None else chunks_of(initial_latents, request.chunk_frames)
-    chunks = _scan(
-        model.config, request.frame_size, request.chunks, policy, model.transformer, text, state, given, request.noise
-    )
-    latents = jnp.moveaxis(chunks.latents, 0, 1).reshape(request.noise_shape)
+    sizes, drawn = request_of(model.config, prompt_embeds, noise, renoise, key, initial_latents)
+    given = None if initial_latents is None else chunks_of(initial_latents, model.config.chunk_frames)
+    dtype, embeds = jnp.dtype(model.dtype), jnp.asarray(prompt_embeds)
+    chunks = _whole(model.config, sizes, dtype, policy, model.transformer, embeds, given, drawn)
+    latents = jnp.moveaxis(chunks.latents, 0, 1).reshape(sizes.generated)
     if initial_latents is not None:
         latents = jnp.concatenate([jnp.asarray(initial_latents, latents.dtype), latents], axis=1)
     return Rollout(latents, chunks.trace, chunks.finite)
@@ -230,23 +237,18 @@ def stream(
     computed. With `noise` a shape, memory does not grow with the length of the video. Arguments and errors are those
     of `rollout`.
     """
-    request = request_of(model.config, prompt_embeds, noise, renoise, key, initial_latents)
-    return _stream(model, policy, prompt_embeds, request, initial_latents)
+    sizes, drawn = request_of(model.config, prompt_embeds, noise, renoise, key, initial_latents)
+    return _stream(model, policy, prompt_embeds, sizes, drawn, initial_latents)
 
 
-def _stream(model, policy, prompt_embeds, request, initial_latents):
-    text, state = begin(model, policy, prompt_embeds, request.video_frames, request.frame_size)
-    arguments = (model.config, request.frame_size, policy, model.transformer, text)
-    for latents in () if initial_latents is None else chunks_of(initial_latents, request.chunk_frames):
+def _stream(model, policy, prompt_embeds, sizes, noise, initial_latents):
+    text, state = begin(model, policy, prompt_embeds, sizes.video_frames, sizes.frame_size)
+    arguments = (model.config, sizes.frame_size, policy, model.transformer, text)
+    for latents in () if initial_latents is None else chunks_of(initial_latents, model.config.chunk_frames):
         state = _remember(*arguments, state, latents)
-    for index in range(request.chunks):
-        noise = request.noise
-        own = ChunkNoise(
-            noise.keys,
-            None if noise.initial is None else noise.initial[index],
-            None if noise.renoise is None else noise.renoise[index],
-        )
-        state, chunk = step(*arguments, state, own)
+    for index in range(sizes.chunks):
+        initial, renoise = (None if given is None else given[index] for given in (noise.initial, noise.renoise))
+        state, chunk = step(*arguments, state, ChunkNoise(noise.keys, initial, renoise))
         yield chunk
 
 
@@ -260,14 +262,6 @@ def begin(
     """Return the prompts' cross-attention context and the empty state of a rollout."""
     dtype = jnp.dtype(model.dtype)
     return _begin(model.config, frame_size, video_frames, dtype, policy, model.transformer, jnp.asarray(prompt_embeds))
-
-
-@functools.partial(jax.jit, static_argnames=("config", "frame_size", "video_frames", "dtype"))
-def _begin(config, frame_size, video_frames, dtype, policy, params, prompt_embeds):
-    # The state comes out of one program with the text, so that it lies where the parameters lie from the first step on.
-    text = encode_text(config, params, prompt_embeds)
-    shape = memory_shape(config, prompt_embeds.shape[0], frame_size)
-    return text, RolloutState(policy.init(shape, video_frames, dtype), jnp.zeros(shape.batch, jnp.int32))
 
 
 def memory_shape(config: ModelConfig, batch: int, frame_size: tuple[int, int]) -> MemoryShape:

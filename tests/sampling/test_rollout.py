@@ -98,7 +98,7 @@ def test_a_whole_rollout_is_one_program_with_one_chunk_step(tiny_model, monkeypa
     for seed in range(2):
         rfjax.rollout(tiny_model, memory.create("relax_forcing"), context(), (1, 27, 6, 8, 4), key=jax.random.key(seed))
     assert len(traced) == 1
-    assert compilations(module._scan) == 1
+    assert compilations(module._whole) == 1
 
 
 def test_a_sample_does_not_depend_on_its_batch(tiny_model):

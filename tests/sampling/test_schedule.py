@@ -14,7 +14,9 @@ def test_grid_matches_pytorch():
 def test_forward_process_matches_pytorch():
     with np.load(GOLDEN / "schedule.npz") as data:
         sigma = sigma_at(jnp.asarray(data["query_timesteps"]), 5.0)[:, None, None, None]
-        np.testing.assert_allclose(add_noise(jnp.asarray(data["x0"]), jnp.asarray(data["noise"]), sigma), data["noised"], atol=1e-6)
+        np.testing.assert_allclose(
+            add_noise(jnp.asarray(data["x0"]), jnp.asarray(data["noise"]), sigma), data["noised"], atol=1e-6
+        )
 
 
 def test_warped_steps():
