@@ -7,12 +7,17 @@ result = rfjax.rollout(model, policy, prompt_embeds, (1, 240, 60, 104, 16), key=
 video = rfjax.decode(model, result.latents)
 """
 
-from rfjax import memory
+import importlib
+from typing import TYPE_CHECKING
+
 from rfjax.errors import UserError
-from rfjax.io.checkpoints import load
-from rfjax.models.model import Model
-from rfjax.sampling.codec import decode, encode, encode_prompt, encode_tokens
-from rfjax.sampling.rollout import Chunk, Rollout, rollout, stream
+
+if TYPE_CHECKING:
+    from rfjax import memory
+    from rfjax.io.checkpoints import load
+    from rfjax.models.model import Model
+    from rfjax.sampling.codec import decode, encode, encode_prompt, encode_tokens
+    from rfjax.sampling.rollout import Chunk, Rollout, rollout, stream
 
 __all__ = [
     "Chunk",
@@ -28,3 +33,19 @@ __all__ = [
     "rollout",
     "stream",
 ]
+
+_HOMES = {
+    **dict.fromkeys(("Chunk", "Rollout", "rollout", "stream"), "rfjax.sampling.rollout"),
+    **dict.fromkeys(("decode", "encode", "encode_prompt", "encode_tokens"), "rfjax.sampling.codec"),
+    "Model": "rfjax.models.model",
+    "load": "rfjax.io.checkpoints",
+}
+
+
+def __getattr__(name: str):
+    """Import a public name when it is first used, so that `rfjax --help` does not wait for JAX."""
+    if name == "memory":
+        return importlib.import_module("rfjax.memory")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'rfjax' has no attribute {name!r}")

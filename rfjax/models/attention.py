@@ -94,14 +94,14 @@ def _cudnn(q, k, v, kv_length):
 
 
 @functools.cache
-def _splash_kernel(queries: int, keys: int, heads: int):
+def _splash_kernel(queries: int, keys: int, heads: int, interpret: bool = False):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     mask = masks.MultiHeadMask([masks.FullMask((queries, keys))] * heads)
     block_q, block_kv = min(512, queries), min(1024, keys)
     sizes = kernel.BlockSizes(block_q=block_q, block_kv=block_kv, block_kv_compute=min(512, block_kv))
-    return kernel.make_splash_mha_single_device(mask, block_sizes=sizes)
+    return kernel.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
 
 
 def _splash(q, k, v, kv_length):

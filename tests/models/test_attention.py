@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,12 +31,12 @@ def operands(queries, keys, seed=0):
     return [jax.random.normal(part, (2, size, 3, 8)) for part, size in zip(parts, sizes, strict=True)]
 
 
-@settings(max_examples=5, deadline=None)
-@given(queries=st.integers(1, 12), keys=st.integers(1, 20), seed=st.integers(0, 5), data=st.data())
-def test_attends_to_the_valid_keys_alone(queries, keys, seed, data):
-    q, k, v = operands(queries, keys, seed)
-    length = np.asarray([data.draw(st.integers(1, keys)) for _ in range(2)], np.int32)
-    got = attention(q, k.at[:, length.max() :].set(jnp.nan) if length.max() < keys else k, v, jnp.asarray(length))
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 99), length=st.tuples(st.integers(1, 9), st.integers(1, 9)))
+def test_attends_to_the_valid_keys_alone(seed, length):
+    q, k, v = operands(5, 9, seed)
+    k = k.at[:, max(length) :].set(jnp.nan)
+    got = attention(q, k, v, jnp.asarray(length))
     np.testing.assert_allclose(got, slow(q, k, v, length), atol=1e-5)
 
 
@@ -68,3 +70,11 @@ def test_splash_lowers_for_tpu():
     length = jax.ShapeDtypeStruct((1,), jnp.int32)
     splash = jax.jit(lambda q, k, v, n: attention(q, k, v, n, "splash"))
     assert "tpu_custom_call" in jax.export.export(splash, platforms=["tpu"])(q, k, k, length).mlir_module()
+
+
+def test_splash_gives_the_same_numbers(monkeypatch):
+    """The TPU kernel, interpreted: padding of queries, keys and channels must not show."""
+    monkeypatch.setattr(module, "_splash_kernel", functools.partial(module._splash_kernel, interpret=True))
+    q, k, v = operands(24, 60)
+    length = jnp.asarray([60, 17])
+    np.testing.assert_allclose(attention(q, k, v, length, "splash"), slow(q, k, v, [60, 17]), atol=1e-5)
