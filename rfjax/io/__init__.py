@@ -1,0 +1,1 @@
+"""Files: checkpoints, videos, plots and the output folder."""
