@@ -96,7 +96,7 @@ def _read(hint: Any, value: Any, where: str) -> Any:
             pass
     if type(value) is not hint:
         raise UserError(f"{where} is {value!r}; {hint.__name__} is needed")
-    if hint is int and value < 1:
+    if isinstance(value, int) and hint is int and value < 1:
         raise UserError(f"{where} is {value}; a positive whole number is needed")
     return value
 

@@ -80,8 +80,8 @@ def request_of(
     if key is None and (drawn or renoise is None):
         raise UserError(f"{'noise' if drawn else 'renoise'} is to be drawn, but no key was given")
     keys = None if key is None else sample_keys(key, batch)
-    initial = None if isinstance(noise, tuple) else chunks_of(noise, config.chunk_frames)
-    later_noise = None if renoise is None else jnp.asarray(renoise)
+    initial = None if isinstance(noise, tuple) else chunks_of(noise, config.chunk_frames).astype(jnp.float32)
+    later_noise = None if renoise is None else jnp.asarray(renoise, jnp.float32)
     return Sizes(tuple(shape), given, config.chunk_frames), ChunkNoise(keys, initial, later_noise)
 
 

@@ -209,6 +209,14 @@ def test_says_what_does_not_fit(tiny_model, changes, message):
             function(tiny_model, memory.create("relax_forcing"), *positional, **request)
 
 
+def test_noise_of_another_type_is_taken(tiny_model):
+    (policy, embeds, noise), named = arguments("rollout_relax")
+    half = np.asarray(noise, jnp.bfloat16)
+    result = rfjax.rollout(tiny_model, policy, embeds, half, **named)
+    assert result.latents.dtype == jnp.float32
+    assert np.abs(result.latents - golden("rollout_relax")["latents"]).max() > 0
+
+
 def test_legacy_keys_are_taken(tiny_model):
     old, new = jax.random.PRNGKey(4), jax.random.key(4)
     policy = memory.create("relax_forcing")
