@@ -1,0 +1,158 @@
+"""`rfjax generate`: the flags, and what can be checked of them without a checkpoint or a device."""
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rfjax.errors import UserError
+
+DEFAULT_PROMPT = "A red fox trots through fresh snow at the edge of a birch forest, morning light"
+DEFAULT_SECONDS = 10.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of `rfjax generate`."""
+    what = parser.add_argument_group("what to make")
+    prompts = what.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", metavar="TEXT", help="what the video shows (default: a fox in the snow)")
+    prompts.add_argument("--prompt-file", metavar="FILE", type=Path, help="a prompt a line, UTF-8")
+    length = what.add_mutually_exclusive_group()
+    length.add_argument(
+        "--seconds",
+        metavar="S",
+        type=_seconds,
+        help=f"length, rounded up to whole chunks (default: {DEFAULT_SECONDS:g})",
+    )
+    length.add_argument("--latent-frames", metavar="N", type=_whole(1), help="length in latent frames instead")
+    what.add_argument("--height", metavar="PIXELS", type=_whole(1, 2**14), help="rows (default: the checkpoint's)")
+    what.add_argument("--width", metavar="PIXELS", type=_whole(1, 2**14), help="columns (default: the checkpoint's)")
+    what.add_argument("--fps", metavar="N", type=_whole(1, 1000), default=16, help="frames a second (default: 16)")
+    what.add_argument(
+        "--num-samples", metavar="N", type=_whole(1, 10**6), default=1, help="videos a prompt (default: 1)"
+    )
+    what.add_argument(
+        "--seed",
+        metavar="N",
+        type=_whole(0, 2**32 - 1),
+        default=0,
+        help="with the number of the sample it fixes the video, whatever the batch (default: 0)",
+    )
+
+    how = parser.add_argument_group("how to make it")
+    how.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        type=Path,
+        help="written by rfjax convert (default: a tiny model with random weights that comes with rfjax)",
+    )
+    how.add_argument("--policy", metavar="NAME", default="relax_forcing", help="memory policy (default: relax_forcing)")
+    how.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        type=_setting,
+        dest="settings",
+        help="a setting of the policy, such as history_frames=2; may be repeated",
+    )
+    how.add_argument(
+        "--batch-size", metavar="N", type=_whole(1, 10**6), default=1, help="videos made together (default: 1)"
+    )
+    how.add_argument(
+        "--dtype",
+        metavar="TYPE",
+        help="float32 or bfloat16 (default: bfloat16 on a GPU or TPU, float32 on a CPU)",
+    )
+
+    where = parser.add_argument_group("where to put it")
+    where.add_argument(
+        "--output",
+        metavar="DIR",
+        type=Path,
+        default=Path("outputs"),
+        help="folder of <prompt>-<sample>.mp4, metadata.json and the memory timelines (default: outputs); "
+        "videos that it already holds are not made again",
+    )
+    where.add_argument("--overwrite", action="store_true", help="make and replace videos that are already there")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Make the videos.
+
+    Raises:
+        UserError: an input is wrong; nothing has been written then.
+    """
+    from rfjax.commands import generation  # imports JAX
+
+    generation.generate(args, read_prompts(args.prompt, args.prompt_file))
+
+
+def read_prompts(prompt: str | None, prompt_file: Path | None) -> list[str]:
+    """Return the prompts asked for, the default one if there are none.
+
+    Raises:
+        UserError: an empty prompt, or a file that is missing, empty or not UTF-8.
+    """
+    if prompt_file is not None:
+        return _read_prompt_file(prompt_file)
+    if prompt is None:
+        return [DEFAULT_PROMPT]
+    if not prompt.strip():
+        raise UserError(f"--prompt is {prompt!r}; it needs at least one word")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--prompt is {prompt!r}, which is not valid UTF-8") from None
+    return [prompt.strip()]
+
+
+def _read_prompt_file(path: Path) -> list[str]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read the prompt file {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt file {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
+    if not prompts:
+        raise UserError(f"the prompt file {path} holds no prompt; write one a line")
+    return prompts
+
+
+def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    wanted = f"a whole number of at least {least}" if most is None else f"a whole number from {least} to {most}"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return parse
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive, finite number of seconds")
+    return value
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, such as history_frames=2")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise argparse.ArgumentTypeError(f"{text!r} has a value that is no number, word or list") from None

@@ -1,0 +1,241 @@
+"""What `rfjax generate` does once its flags are read: checks, then batches of videos, then their records."""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+from rich.console import Console
+
+from rfjax.cli import rfjax_version
+from rfjax.commands.interruptions import Interruptions
+from rfjax.commands.plan import Plan, make_plan
+from rfjax.commands.progress import ChunkProgress
+from rfjax.io import outputs
+from rfjax.io.checkpoints import load
+from rfjax.io.plots import memory_timeline
+from rfjax.io.video import VideoWriter
+from rfjax.models.model import Model
+from rfjax.sampling.budget import GB, Budget, check_fits, device_limit, estimate
+from rfjax.sampling.codec import encode_prompt, tokenizer_of
+from rfjax.sampling.jobs import Job
+from rfjax.sampling.pipeline import VideoChunk, sample_keys, stream_video
+
+_TITLE = 68
+"""Characters that fit above a timeline."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What all batches share."""
+
+    plan: Plan
+    budget: Budget
+    model: Model
+    progress: ChunkProgress
+    interruptions: Interruptions
+
+
+def generate(args: argparse.Namespace, prompts: list[str]) -> None:
+    """Make the videos that the output folder lacks.
+
+    Raises:
+        UserError: an input is wrong, and nothing has been written; or the latents became NaN, and the videos finished
+            before are kept.
+    """
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    plan = make_plan(args, prompts)
+    budget = estimate(plan.config, plan.policy, plan.video, plan.settings["dtype"])
+    limit = device_limit(jax.devices()[0])
+    for line in _introduction(plan, budget, limit):
+        console.print(line)
+    check_fits(budget, limit)
+    if not plan.missing:
+        return
+    model = load(plan.checkpoint, dtype=plan.settings["dtype"])
+    _check_prompts(model, list(dict.fromkeys(job.prompt for job in plan.missing)))
+    outputs.make_folder(plan.output)
+    done = 0
+    try:
+        with Interruptions() as interruptions, ChunkProgress(console, len(plan.batches) * plan.chunks) as progress:
+            run = Run(plan, budget, model, progress, interruptions)
+            for batch in plan.batches:
+                made = list(dict.fromkeys(batch))  # without the repeats that fill up the last batch
+                progress.label(_numbers(done, len(made), len(plan.missing)))
+                _make_batch(run, batch, made)
+                done += len(made)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"; {done} of {len(plan.missing)} videos are complete in {plan.output}") from None
+    made = plan.missing[0].video if done == 1 else f"{done} videos"
+    console.print(f"{made} in {plan.output}")
+
+
+def _numbers(done: int, count: int, total: int) -> str:
+    return f"video {done + 1} of {total}" if count == 1 else f"videos {done + 1}-{done + count} of {total}"
+
+
+def _introduction(plan: Plan, budget: Budget, limit: int | None) -> list[str]:
+    """Say what is about to be computed; the first line has device, model, policy, attended frames and memory."""
+    settings = plan.settings
+    there = "" if limit is None else f" of {_gb(limit)}"
+    lines = [
+        f"{_device()}: {plan.checkpoint.name} ({_count(budget.parameters)} parameters, {settings['dtype']}), "
+        f"{plan.policy.name} attending to {budget.attended_frames} latent frames, memory {_gb(budget.memory)} GB "
+        f"({_gb(budget.total)}{there} GB in all)"
+    ]
+    if plan.config.description:
+        lines.append(f"note: {plan.config.description}")
+    if finished := len(plan.asked) - len(plan.missing):
+        lines.append(
+            f"{finished} of {len(plan.asked)} videos are in {plan.output} already (--overwrite makes them anew)"
+        )
+    if plan.unrecorded:
+        lines.append(f"left as they are, though {outputs.METADATA} does not know them: {', '.join(plan.unrecorded)}")
+    if plan.missing:
+        lines.append(_size(plan))
+    return lines
+
+
+def _size(plan: Plan) -> str:
+    settings, seconds = plan.settings, plan.video_frames / plan.settings["fps"]
+    rounded = "" if plan.asked_seconds in (None, seconds) else f", {plan.asked_seconds:g} s rounded up to whole chunks"
+    return (
+        f"{len(plan.missing)} video{'s' * (len(plan.missing) > 1)} of {settings['height']}x{settings['width']} pixels, "
+        f"{plan.video_frames} frames, {seconds:.4g} s at {settings['fps']} fps: "
+        f"{settings['latent_frames']} latent frames in {plan.chunks} chunks{rounded}"
+    )
+
+
+def _device() -> str:
+    device = jax.devices()[0]
+    return f"CPU ({os.cpu_count()} cores)" if device.platform == "cpu" else device.device_kind
+
+
+def _gb(size: int) -> str:
+    return f"{size / GB:.1f}" if size >= GB else f"{size / GB:.2g}"
+
+
+def _count(number: int) -> str:
+    """Write a number of parameters as 1.42B or 350K."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return str(number)
+
+
+def _make_batch(run: Run, batch: list[Job], made: list[Job]) -> None:
+    """Generate a batch and write the videos, timelines and records of those `made`, its first jobs."""
+    plan = run.plan
+    settings = plan.settings
+    with run.interruptions.allowed():
+        embeds = _encode(run.model, [job.prompt for job in batch])
+    keys = sample_keys(settings["seed"], [job.sample for job in batch])
+    size = (plan.video.latent_height, plan.video.latent_width)
+    chunks: list[VideoChunk] = []
+    with contextlib.ExitStack() as stack:
+        writers = [
+            stack.enter_context(
+                VideoWriter(plan.output / job.video, settings["height"], settings["width"], settings["fps"])
+            )
+            for job in made
+        ]
+        stream = stream_video(run.model, plan.policy, embeds, settings["latent_frames"], size, keys)
+        for chunk in _interruptible(stream, run.interruptions):
+            for writer, frames in zip(writers, chunk.frames, strict=False):
+                writer.write(frames)
+            run.progress.advance(len(made) * chunk.frames.shape[1])
+            chunks.append(dataclasses.replace(chunk, frames=chunk.frames[:0]))  # the pixels are on their way to disk
+        timelines = [_draw_timeline(plan, chunks, index, job) for index, job in enumerate(made)]
+    for index, (job, timeline) in enumerate(zip(made, timelines, strict=True)):
+        outputs.add_record(plan.output, _record(run, chunks, index, job, timeline, len(batch)))
+
+
+def _interruptible(stream: Iterator[VideoChunk], interruptions: Interruptions) -> Iterator[VideoChunk]:
+    """Pass on what a stream yields; Ctrl-C is let through while the device computes."""
+    while True:
+        with interruptions.allowed():
+            chunk = next(stream, None)
+        if chunk is None:
+            return
+        yield chunk
+
+
+def _check_prompts(model: Model, prompts: list[str]) -> None:
+    """Tokenise every prompt once, before anything is written; one that is too long is a warning of one line."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tokenizer_of(model)(prompts)
+    for warning in caught:
+        print(f"rfjax: warning: {warning.message}", file=sys.stderr)
+
+
+def _encode(model: Model, prompts: list[str]) -> Array:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # said by _check_prompts
+        return encode_prompt(model, prompts)
+
+
+def _draw_timeline(plan: Plan, chunks: list[VideoChunk], index: int, job: Job) -> str:
+    """Draw what one video attended; return the picture's file name."""
+    name = outputs.timeline_name(plan.output, job.prompt, job.sample, alone=len(plan.asked) == 1)
+    trace = jax.tree.map(lambda *parts: np.stack(parts), *(chunk.trace for chunk in chunks))
+    title = f"{plan.policy.name}: {job.prompt}"
+    memory_timeline(
+        trace,
+        plan.config.chunk_frames,
+        plan.output / name,
+        title if len(title) <= _TITLE else f"{title[:_TITLE]} ...",
+        sample=index,
+        seconds_per_frame=plan.seconds_per_latent,
+    )
+    return name
+
+
+def _record(run: Run, chunks: list[VideoChunk], index: int, job: Job, timeline: str, batch_size: int) -> dict[str, Any]:
+    """Everything that is written about a video."""
+    plan, seconds = run.plan, [chunk.seconds for chunk in chunks]
+    selected = [np.asarray(chunk.trace.selected_frames)[index] for chunk in chunks]
+    later_frames = (
+        (plan.chunks - 1)
+        * round(plan.config.chunk_frames * plan.seconds_per_latent * plan.settings["fps"])
+        * batch_size
+    )
+    device = jax.devices()[0]
+    return {
+        "file": job.video,
+        "timeline": timeline,
+        "prompt": job.prompt,
+        "sample": job.sample,
+        "settings": plan.settings,
+        "video": {
+            "frames": plan.video_frames,
+            "seconds": plan.video_frames / plan.settings["fps"],
+            "chunk_latent_frames": plan.config.chunk_frames,
+        },
+        "model": {"description": plan.config.description, "parameters": run.budget.parameters},
+        "attended_frames": run.budget.attended_frames,
+        "selected_frames": [frames[frames >= 0].tolist() for frames in selected],
+        "timings": {
+            "batch_size": batch_size,
+            "seconds": round(sum(seconds), 3),
+            "first_chunk_seconds": round(seconds[0], 3),
+            "frames_per_second": round(later_frames / sum(seconds[1:]), 3) if seconds[1:] else None,
+            "chunk_seconds": [round(value, 4) for value in seconds],
+        },
+        "device": {"kind": device.device_kind, "platform": device.platform},
+        "versions": {
+            "rfjax": rfjax_version(),
+            "jax": jax.__version__,
+            "flax": version("flax"),
+            "python": platform.python_version(),
+        },
+    }

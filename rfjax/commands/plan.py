@@ -1,0 +1,194 @@
+"""What a run of `rfjax generate` is to make: flags, checkpoint and output folder checked against each other."""
+
+import argparse
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import rfjax
+from rfjax.commands.generate import DEFAULT_SECONDS
+from rfjax.config import ModelConfig, VAEConfig
+from rfjax.errors import UserError
+from rfjax.io import outputs
+from rfjax.io.checkpoints import check_dtype, load_checkpoint_config
+from rfjax.memory import MemoryPolicy, create
+from rfjax.sampling.budget import VideoShape
+from rfjax.sampling.jobs import Job, batches, expand
+
+TOY = Path(rfjax.__file__).parent / "assets" / "toy"
+"""The checkpoint that comes with rfjax: tiny, with random weights."""
+
+LONGEST = 2**30
+"""Latent frames that frame indices can count."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run of `rfjax generate`."""
+
+    checkpoint: Path
+    config: ModelConfig
+    vae: VAEConfig
+    policy: MemoryPolicy
+    settings: dict[str, Any]
+    """Everything that the pixels depend on, but the prompt and the number of the sample; goes into the metadata."""
+    asked: list[Job]
+    """Videos asked for."""
+    missing: list[Job]
+    """Those that the output folder does not hold yet (all, with --overwrite)."""
+    unrecorded: list[str]
+    """Files that stay as they are though the folder's metadata does not say how they were made."""
+    batches: list[list[Job]]
+    """The missing ones, in batches of equal size."""
+    output: Path
+    asked_seconds: float | None
+    """Length asked for, before rounding up to whole chunks; None where latent frames were given."""
+
+    @property
+    def video(self) -> VideoShape:
+        """Sizes of a batch."""
+        factor = self.vae.spatial_factor
+        return VideoShape(
+            batch=len(self.batches[0]) if self.batches else 1,
+            latent_frames=self.settings["latent_frames"],
+            latent_height=self.settings["height"] // factor,
+            latent_width=self.settings["width"] // factor,
+        )
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of every video."""
+        return self.settings["latent_frames"] // self.config.chunk_frames
+
+    @property
+    def video_frames(self) -> int:
+        """Frames of every video."""
+        return 1 + self.vae.temporal_factor * (self.settings["latent_frames"] - 1)
+
+    @property
+    def seconds_per_latent(self) -> float:
+        """Duration of a latent frame."""
+        return self.vae.temporal_factor / self.settings["fps"]
+
+
+def make_plan(args: argparse.Namespace, prompts: list[str]) -> Plan:
+    """Check everything that can be checked before weights are read, and write nothing.
+
+    Raises:
+        UserError: anything wrong with the flags, the checkpoint's sizes or the output folder.
+    """
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    check_dtype(dtype)
+    checkpoint = args.checkpoint or TOY
+    config, vae = read_config(checkpoint)
+    policy = create(args.policy, **dict(args.settings))
+    seconds = DEFAULT_SECONDS if args.seconds is None and args.latent_frames is None else args.seconds
+    height, width = frame_pixels(config, vae, args.height, args.width)
+    settings = {
+        "checkpoint": str(checkpoint.resolve()),
+        "policy": {"name": policy.name, **dataclasses.asdict(policy)},  # pyright: ignore[reportArgumentType]
+        "latent_frames": latent_frames(config.chunk_frames, vae.temporal_factor, seconds, args.latent_frames, args.fps),
+        "height": height,
+        "width": width,
+        "fps": args.fps,
+        "seed": args.seed,
+        "dtype": dtype,
+    }
+    outputs.check_writable(args.output)
+    asked = expand(prompts, args.num_samples)
+    recorded = {record["file"] for record in outputs.read_records(args.output)}
+    if not args.overwrite:
+        outputs.check_settings(args.output, settings)
+    missing = [job for job in asked if args.overwrite or not (args.output / job.video).exists()]
+    kept = set(asked) - set(missing)
+    return Plan(
+        checkpoint=checkpoint,
+        config=config,
+        vae=vae,
+        policy=policy,
+        settings=settings,
+        asked=asked,
+        missing=missing,
+        unrecorded=sorted(job.video for job in kept if job.video not in recorded),
+        batches=batches(missing, args.batch_size),
+        output=args.output,
+        asked_seconds=seconds,
+    )
+
+
+def read_config(checkpoint: Path) -> tuple[ModelConfig, VAEConfig]:
+    """Read a checkpoint's sizes, and check that it can turn prompts into pixels.
+
+    Raises:
+        UserError: it is missing, or lacks a network.
+    """
+    config = load_checkpoint_config(checkpoint)
+    if config.vae is None or config.umt5 is None:
+        lacking = "autoencoder (vae)" if config.vae is None else "text encoder (umt5)"
+        raise UserError(f"--checkpoint {checkpoint} has no {lacking}, which generate needs; convert it with one")
+    if config.umt5.dim != config.transformer.text_dim:
+        raise UserError(
+            f"--checkpoint {checkpoint} has a text encoder of width {config.umt5.dim} and a transformer that reads "
+            f"{config.transformer.text_dim}; they do not belong together"
+        )
+    if config.vae.z_dim != config.transformer.in_dim:
+        raise UserError(
+            f"--checkpoint {checkpoint} has an autoencoder of {config.vae.z_dim} latent channels and a transformer of "
+            f"{config.transformer.in_dim}; they do not belong together"
+        )
+    return config, config.vae
+
+
+def frame_pixels(config: ModelConfig, vae: VAEConfig, height: int | None, width: int | None) -> tuple[int, int]:
+    """Return height and width in pixels, the checkpoint's where none is given.
+
+    Raises:
+        UserError: one is not a multiple of what a token covers (16 for Wan).
+    """
+    factor = vae.spatial_factor
+    sizes = []
+    for name, asked, latent, patch in (
+        ("height", height, config.latent_height, config.transformer.patch_size[1]),
+        ("width", width, config.latent_width, config.transformer.patch_size[2]),
+    ):
+        size, multiple = asked or latent * factor, patch * factor
+        if size % multiple:
+            below = size // multiple * multiple
+            near = f"{below} or {below + multiple}" if below else str(multiple)
+            raise UserError(f"--{name} is {size}; it must be a multiple of {multiple}, such as {near}")
+        sizes.append(size)
+    return sizes[0], sizes[1]
+
+
+def latent_frames(chunk: int, factor: int, seconds: float | None, frames: int | None, fps: int) -> int:
+    """Return the length in latent frames; seconds are rounded up to whole chunks.
+
+    Args:
+        chunk: latent frames a chunk.
+        factor: video frames of every latent frame but the first, which is a single one.
+        seconds: length asked for, or None.
+        frames: latent frames asked for instead, or None.
+        fps: video frames a second.
+
+    Raises:
+        UserError: latent frames that make no whole chunks, or a video too long to count.
+    """
+    if frames is None:
+        assert seconds is not None
+        if seconds * fps / factor >= LONGEST - 2 * chunk:
+            raise UserError(
+                f"--seconds is {seconds:g}; at {fps} fps at most {(LONGEST // 2) * factor // fps} are possible"
+            )
+        video_frames = max(1, math.ceil(round(seconds * fps, 6)))
+        least = 1 + math.ceil((video_frames - 1) / factor)
+        return math.ceil(least / chunk) * chunk
+    if frames >= LONGEST:
+        raise UserError(f"--latent-frames is {frames}; at most {LONGEST - 1} are possible")
+    if frames % chunk:
+        below = frames // chunk * chunk
+        near = f"{below} or {below + chunk}" if below else str(chunk)
+        raise UserError(f"--latent-frames is {frames}; it must be a multiple of the chunk's {chunk}, such as {near}")
+    return frames

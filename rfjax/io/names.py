@@ -1,0 +1,31 @@
+"""File names made of prompts, in the form that VBench reads: `<prompt>-<sample>.mp4`."""
+
+import hashlib
+import re
+
+_LIMIT = 255
+"""Bytes of a file name that every common file system allows."""
+
+_FORBIDDEN = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def output_name(prompt: str, sample: int, suffix: str) -> str:
+    """Return `<prompt>-<sample><suffix>`, the prompt verbatim wherever a file name can hold it.
+
+    Path separators, control characters and a leading dot become `_`, and what exceeds 255 bytes of UTF-8 is cut. A
+    prompt changed in one of these ways is followed by `~` and eight characters of its hash, so that two prompts never
+    share a name.
+    """
+    ending = f"-{sample}{suffix}"
+    stem = re.sub(r"^\.", "_", _FORBIDDEN.sub("_", prompt))
+    room = _LIMIT - len(ending.encode())
+    if stem == prompt and len(stem.encode()) <= room:
+        return stem + ending
+    mark = "~" + hashlib.sha256(prompt.encode()).hexdigest()[:8]
+    cut = stem.encode()[: room - len(mark)].decode(errors="ignore")
+    return cut + mark + ending
+
+
+def video_name(prompt: str, sample: int) -> str:
+    """Return the file name of a video, as VBench expects it; see `output_name`."""
+    return output_name(prompt, sample, ".mp4")

@@ -1,0 +1,179 @@
+"""Pictures of what a rollout remembered."""
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PolyCollection
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from rfjax.io.atomic import replacing
+
+
+@runtime_checkable
+class Trace(Protocol):
+    """The part of a rollout's trace that is drawn."""
+
+    @property
+    def frames(self) -> Any:
+        """Attended frame of every memory slot, -1 for none: [chunks, B, slots]."""
+        ...
+
+    @property
+    def roles(self) -> Any:
+        """Role of every memory slot, 0 for none: [chunks, B, slots]."""
+        ...
+
+    @property
+    def candidates(self) -> Any:
+        """Frames that were scored for the history, -1 for none: [chunks, B, candidates]."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """One kind of cell of the picture."""
+
+    label: str
+    """What the legend says."""
+    color: str
+    grows: str
+    """Where a cell too thin to see is widened to: "up", "down" or "both"."""
+
+
+# The colour-blind-safe palette of Okabe and Ito, for the roles of a trace.
+_ROLES = {
+    1: _Layer("sink: the first frames, always kept", "#0072B2", "up"),
+    3: _Layer("tail: the newest frames", "#009E73", "down"),
+    2: _Layer("history: selected from the past", "#D55E00", "both"),
+}
+_OWN = _Layer("own chunk: being generated", "#F0B400", "up")
+_CANDIDATE = _Layer("candidate: scored, not selected", "#B5B5B5", "both")
+_PAST = _Layer("past, not attended", "#F0F0F0", "both")
+
+_THINNEST = 1 / 140
+"""Least height of a cell as a part of the axis, so that a single frame of a long video can be seen."""
+_SHORTEST = 4
+"""Least chunks on the axis, so that the legend has its empty corner."""
+_SEPARATE = 20
+"""Up to so many chunks there is room to draw every column and every frame apart."""
+
+
+def memory_timeline(
+    trace: Trace, chunk_frames: int, path: str | Path, title: str, *, sample: int = 0, seconds_per_frame: float = 0.25
+) -> None:
+    """Draw which latent frames each chunk attended to, as a PNG.
+
+    The horizontal axis counts chunks, the vertical one latent frames and, on the right, seconds of video.
+
+    Args:
+        trace: of a whole rollout, leading axes [chunks, B].
+        chunk_frames: latent frames a chunk.
+        path: of the picture; it appears when complete.
+        title: line above the picture.
+        sample: which of the B samples to draw.
+        seconds_per_frame: duration of a latent frame, 4 / 16 for Wan.
+
+    Raises:
+        UserError: `path` cannot be written.
+    """
+    frames, roles, candidates = (np.asarray(a)[:, sample] for a in (trace.frames, trace.roles, trace.candidates))
+    chunks, total = len(frames), len(frames) * chunk_frames
+    figure = Figure(figsize=(10, 6), dpi=160, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlim(0.5, max(chunks, _SHORTEST) + 0.5)
+    axes.set_ylim(0, max(chunks, _SHORTEST) * chunk_frames)
+    drawn = _draw(axes, frames, roles, candidates, chunk_frames)
+    _label_axes(axes, chunk_frames, seconds_per_frame)
+    most = int((frames >= 0).sum(axis=1).max()) + chunk_frames
+    summary = f"A column is one chunk. It attends to at most {most} latent frames, its own included, of {total}."
+    _write_header(axes, title, summary)
+    handles = [Patch(facecolor=layer.color, label=layer.label) for layer in drawn]
+    axes.legend(handles=handles, loc="upper left", fontsize=11, handlelength=1.2, handleheight=1.0, edgecolor="none")
+    with replacing(path) as temporary, warnings.catch_warnings():
+        # A prompt in the title may need characters that the font lacks: they are drawn as boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        FigureCanvasAgg(figure).print_png(str(temporary))
+
+
+def _draw(
+    axes: Axes,
+    frames: Int[np.ndarray, "chunks slots"],
+    roles: Int[np.ndarray, "chunks slots"],
+    candidates: Int[np.ndarray, "chunks candidates"],
+    chunk_frames: int,
+) -> list[_Layer]:
+    """Draw the cells from the background to the front; return the layers present, in the legend's order."""
+    starts = np.arange(len(frames)) * chunk_frames
+    past = [(chunk, 0, int(start)) for chunk, start in enumerate(starts) if start]
+    own = [(chunk, int(start), int(start) + chunk_frames) for chunk, start in enumerate(starts)]
+    layers = {
+        _PAST: past,
+        _CANDIDATE: _runs(candidates, candidates >= 0),
+        **{layer: _runs(frames, (roles == role) & (frames >= 0)) for role, layer in _ROLES.items()},
+        _OWN: own,
+    }
+    for layer, runs in layers.items():
+        _draw_runs(axes, runs, layer)
+    order = (_OWN, _ROLES[3], _ROLES[2], _CANDIDATE, _ROLES[1], _PAST)
+    return [layer for layer in order if layers[layer]]
+
+
+def _runs(frames: Int[np.ndarray, "chunks slots"], present: np.ndarray) -> list[tuple[int, int, int]]:
+    """Return (chunk, first, end) of every run of neighbouring frames among those `present`."""
+    runs = []
+    for chunk, (row, mask) in enumerate(zip(frames, present, strict=True)):
+        kept = np.unique(row[mask])
+        for run in np.split(kept, np.flatnonzero(np.diff(kept) > 1) + 1):
+            if len(run):
+                runs.append((chunk, int(run[0]), int(run[-1]) + 1))
+    return runs
+
+
+def _draw_runs(axes: Axes, runs: list[tuple[int, int, int]], layer: _Layer) -> None:
+    chunks, height = axes.get_xlim()[1] - 0.5, axes.get_ylim()[1]
+    half = 0.43 if chunks <= _SEPARATE else 0.5
+    if chunks <= _SEPARATE and layer is not _PAST:
+        runs = [(chunk, frame, frame + 1) for chunk, low, high in runs for frame in range(low, high)]
+    corners = []
+    for chunk, low, high in runs:
+        missing = max(0.0, height * _THINNEST - (high - low))
+        bottom = low - missing * {"up": 0, "both": 0.5, "down": 1}[layer.grows]
+        left, right, top = chunk + 1 - half, chunk + 1 + half, bottom + high - low + missing
+        corners.append([(left, bottom), (right, bottom), (right, top), (left, top)])
+    edge = "white" if chunks <= _SEPARATE else "none"
+    axes.add_collection(PolyCollection(corners, facecolors=layer.color, edgecolors=edge, linewidths=0.8), autolim=False)
+
+
+def _label_axes(axes: Axes, chunk_frames: int, seconds_per_frame: float) -> None:
+    axes.set_xlabel(f"chunk, in the order of generation ({chunk_frames} latent frames each)", fontsize=11)
+    axes.set_ylabel("latent frame attended to", fontsize=11)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
+
+    def to_seconds(frame: Any) -> Any:
+        return frame * seconds_per_frame
+
+    def to_frames(second: Any) -> Any:
+        return second / seconds_per_frame
+
+    seconds = axes.secondary_yaxis("right", functions=(to_seconds, to_frames))
+    seconds.set_ylabel("seconds of video", fontsize=11)
+    for spine in (*axes.spines.values(), *seconds.spines.values()):
+        spine.set_color("#BBBBBB")
+    for direction in ("top", "right"):
+        axes.spines[direction].set_visible(False)
+    axes.tick_params(color="#BBBBBB")
+    seconds.tick_params(color="#BBBBBB")
+
+
+def _write_header(axes: Axes, title: str, subtitle: str) -> None:
+    axes.set_title(title, loc="left", fontsize=14, fontweight="bold", pad=26, parse_math=False)
+    axes.annotate(subtitle, (0, 1), (0, 8), xycoords="axes fraction", textcoords="offset points", color="#555555")

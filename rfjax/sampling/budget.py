@@ -1,0 +1,131 @@
+"""How much memory of the device a run needs, known before anything is allocated."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rfjax.config import ModelConfig
+from rfjax.errors import UserError
+from rfjax.memory import MemoryPolicy, footprint
+from rfjax.models.attention import SCORE_BYTES
+from rfjax.models.functional import abstract_params
+from rfjax.models.text_encoder import UMT5Encoder
+from rfjax.models.transformer import WanTransformer
+from rfjax.models.vae import WanVAE, decode_init
+from rfjax.sampling.rollout import memory_shape
+
+GB = 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoShape:
+    """Sizes of a batch of videos."""
+
+    batch: int
+    latent_frames: int
+    latent_height: int
+    latent_width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What a run needs on the device, in bytes."""
+
+    parameters: int
+    """Numbers in all networks (a count, not bytes)."""
+    attended_frames: int
+    """Latent frames that a chunk attends to once the memory is full, its own included."""
+    weights: int
+    memory: int
+    """The policy's stored frames and the view of one chunk."""
+    working: int
+    """Activations and the decoder's caches, an estimate."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.memory + self.working
+
+
+def estimate(config: ModelConfig, policy: MemoryPolicy, video: VideoShape, dtype: str) -> Budget:
+    """Add up what a run allocates: weights and memory exactly, activations from the largest layers.
+
+    Raises:
+        UserError: the policy's settings do not fit the video.
+    """
+    itemsize = jnp.dtype(dtype).itemsize
+    shape = memory_shape(config, video.batch, (video.latent_height, video.latent_width))
+    memory = footprint(policy, shape, video.latent_frames, jnp.dtype(dtype))
+    networks = [(WanTransformer, config.transformer), (WanVAE, config.vae), (UMT5Encoder, config.umt5)]
+    parameters = sum(_numbers(abstract_params(network, sizes)) for network, sizes in networks if sizes is not None)
+    return Budget(
+        parameters=parameters,
+        attended_frames=memory.attended_frames,
+        weights=parameters * itemsize,
+        memory=memory.state_bytes + memory.view_bytes,
+        working=_denoising_bytes(config, video, memory.attended_frames, itemsize)
+        + _decoding_bytes(config, video, dtype),
+    )
+
+
+def _numbers(tree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _denoising_bytes(config: ModelConfig, video: VideoShape, attended_frames: int, itemsize: int) -> int:
+    """One layer's activations, the packed keys and values, and the chunk's keys and values of all layers."""
+    network = config.transformer
+    frame = video.batch * network.frame_tokens(video.latent_height, video.latent_width) * network.dim
+    chunk = config.chunk_frames * frame
+    layer = chunk * (6 * itemsize + 3 * 4) + 2 * chunk * network.ffn_dim // network.dim * itemsize
+    packed = 2 * 2 * attended_frames * frame * itemsize
+    committed = 2 * network.num_layers * chunk * itemsize
+    text = 2 * network.num_layers * video.batch * network.text_len * network.dim * itemsize
+    return layer + packed + committed + text + 3 * SCORE_BYTES
+
+
+def _decoding_bytes(config: ModelConfig, video: VideoShape, dtype: str) -> int:
+    """The decoder's caches, and its largest layers: those at full resolution.
+
+    Bytes a position and channel are fitted to the compiled program at 480x832 (4.2 GB in bfloat16, 5.5 in float32).
+    """
+    if config.vae is None:
+        return 0
+    vae = config.vae
+    cache = jax.eval_shape(
+        lambda: decode_init(vae, jnp.dtype(dtype), video.batch, video.latent_height, video.latent_width)
+    )
+    itemsize = jnp.dtype(dtype).itemsize
+    positions = video.batch * vae.temporal_factor * video.latent_height * video.latent_width * vae.spatial_factor**2
+    return _numbers(cache) * itemsize + positions * vae.dim * vae.dim_mult[0] * (20 + 4 * itemsize)
+
+
+def device_limit(device: Any) -> int | None:
+    """Bytes that this process may use of a `jax.Device`; of the machine's free memory on a CPU; None if unknown."""
+    if device.platform == "cpu":
+        try:
+            lines = Path("/proc/meminfo").read_text().splitlines()
+        except OSError:
+            return None
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    statistics = device.memory_stats() or {}
+    return statistics.get("bytes_limit")
+
+
+def check_fits(budget: Budget, limit: int | None) -> None:
+    """Refuse what the device cannot hold.
+
+    Raises:
+        UserError: with how much is needed, for what, and how much there is.
+    """
+    if limit is None or budget.total <= limit:
+        return
+    raise UserError(
+        f"this run needs about {budget.total / GB:.1f} GB of device memory (weights {budget.weights / GB:.1f}, the "
+        f"policy's memory {budget.memory / GB:.1f}, activations {budget.working / GB:.1f}) and there are "
+        f"{limit / GB:.1f} GB; "
+        "try --dtype bfloat16, a smaller --batch-size, --height and --width, or a policy that keeps fewer frames"
+    )

@@ -1,0 +1,40 @@
+"""Which videos a run makes, and in what batches."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from rfjax.io.names import video_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One video to be made."""
+
+    prompt: str
+    sample: int
+    """Number of the video among those of its prompt, from 0; it chooses the noise."""
+
+    @property
+    def video(self) -> str:
+        """File name of the video."""
+        return video_name(self.prompt, self.sample)
+
+
+def expand(prompts: Sequence[str], samples: int) -> list[Job]:
+    """Return the jobs of `samples` videos a prompt, prompt by prompt; a repeated prompt counts once."""
+    return [Job(prompt, sample) for prompt in dict.fromkeys(prompts) for sample in range(samples)]
+
+
+def batches(jobs: Sequence[Job], batch_size: int) -> list[list[Job]]:
+    """Split jobs into the fewest batches of at most `batch_size`, as equal in size as can be.
+
+    Since a program is compiled for one batch size, all batches have the same: the last is filled up by repeating its
+    last job, at most once less often than there are batches.
+    """
+    if not jobs:
+        return []
+    count = math.ceil(len(jobs) / batch_size)
+    size = math.ceil(len(jobs) / count)
+    filled = [*jobs, *[jobs[-1]] * (count * size - len(jobs))]
+    return [filled[i : i + size] for i in range(0, len(filled), size)]

@@ -1,0 +1,120 @@
+"""From prompts to pixels, chunk by chunk: decoding follows generation, so that memory stays flat with length."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key, UInt8
+
+from rfjax.config import VAEConfig
+from rfjax.errors import UserError
+from rfjax.memory import MemoryPolicy, Trace
+from rfjax.models.functional import Params
+from rfjax.models.model import Model
+from rfjax.models.vae import DecoderCache, decode_first, decode_init, decode_next
+from rfjax.sampling.codec import vae_of
+from rfjax.sampling.rollout import Chunk, stream
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoChunk:
+    """One chunk of every video of a batch, on the host."""
+
+    frames: UInt8[np.ndarray, "B T H W 3"]
+    """RGB; the first chunk has fewer, since a video's first latent frame is a single video frame."""
+    trace: Trace
+    """What the chunk attended."""
+    seconds: float
+    """Since the chunk before was ready, or since the start; the first includes compilation."""
+
+
+def sample_keys(seed: int, samples: Sequence[int]) -> Key[Array, "B"]:
+    """Return a key for each sample that depends on the seed and the sample's number alone: not on the batch."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(samples, jnp.uint32))
+
+
+def stream_video(
+    model: Model,
+    policy: MemoryPolicy,
+    prompt_embeds: Float[Array, "B T D"],
+    latent_frames: int,
+    frame_size: tuple[int, int],
+    keys: Key[Array, "B"],
+) -> Iterator[VideoChunk]:
+    """Generate a batch of videos and decode every chunk as soon as it is made.
+
+    While the host handles a chunk, the device works on the next one.
+
+    Args:
+        model: from `rfjax.load`, with its autoencoder.
+        policy: from `rfjax.memory.create`.
+        prompt_embeds: from `rfjax.encode_prompt`.
+        latent_frames: length, a multiple of the chunk.
+        frame_size: latent rows and columns.
+        keys: [B] one a sample.
+
+    Raises:
+        UserError: sizes that do not fit the model, no autoencoder, or latents that are no longer finite.
+    """
+    vae_config, vae_params = vae_of(model)
+    batch, total = prompt_embeds.shape[0], latent_frames // model.config.chunk_frames
+    noise_shape = (batch, latent_frames, *frame_size, model.config.transformer.in_dim)
+    chunks = stream(model, policy, prompt_embeds, noise_shape, key=keys)
+    cache = decode_init(vae_config, model.dtype, batch, *frame_size)
+    since = time.perf_counter()
+    waiting: tuple[int, Chunk, list[Array]] | None = None
+    for index, chunk in enumerate(chunks):
+        cache, frames = _decode_chunk(vae_config, vae_params, cache, chunk.latents, first=index == 0)
+        if waiting is not None:
+            done, since = _fetch(*waiting, total, since)
+            yield done
+        waiting = index, chunk, frames
+    if waiting is not None:
+        yield _fetch(*waiting, total, since)[0]
+
+
+def _decode_chunk(
+    config: VAEConfig, params: Params, cache: DecoderCache, latents: Float[Array, "B n H W C"], *, first: bool
+) -> tuple[DecoderCache, list[Array]]:
+    """Dispatch the decoding of a chunk frame by frame: two small programs serve chunks of any place and length."""
+    frames = []
+    for i in range(latents.shape[1]):
+        decode = _decode_first if first and i == 0 else _decode_next
+        cache, pixels = decode(config, params, cache, latents[:, i : i + 1])
+        frames.append(pixels)
+    return cache, frames
+
+
+def _fetch(index: int, chunk: Chunk, frames: list[Array], total: int, since: float) -> tuple[VideoChunk, float]:
+    """Wait for a chunk, check it and copy it to the host; return it and when it was ready."""
+    finite = np.asarray(chunk.finite)
+    if not finite.all():
+        start, size = index * chunk.latents.shape[1], chunk.latents.shape[1]
+        raise UserError(
+            f"the latents of chunk {index + 1} of {total} (latent frames {start} to {start + size - 1}) hold NaN or "
+            f"infinity in {int((~finite).sum())} of {len(finite)} videos of the batch; try --dtype float32, or check "
+            "the checkpoint's weights"
+        )
+    pixels = np.concatenate([np.asarray(part) for part in frames], axis=1)
+    now = time.perf_counter()
+    return VideoChunk(pixels, jax.device_get(chunk.trace), now - since), now
+
+
+def _to_uint8(video: Float[Array, "B T H W 3"]) -> Array:
+    return jnp.round((video.astype(jnp.float32) + 1) * 127.5).astype(jnp.uint8)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def _decode_first(config, params, cache, latent):
+    cache, video = decode_first(config, params, cache, latent)
+    return cache, _to_uint8(video)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def _decode_next(config, params, cache, latent):
+    cache, video = decode_next(config, params, cache, latent)
+    return cache, _to_uint8(video)
