@@ -1,0 +1,1 @@
+"""Speed and memory of the rollout's parts, policies side by side, with floating-point operations counted from sizes."""
