@@ -1,6 +1,6 @@
 """Write the toy checkpoint that the package ships: random weights and a byte-level tokenizer, by a fixed seed.
 
-    python scripts/make_toy_checkpoint.py rfjax/assets/toy
+python scripts/make_toy_checkpoint.py rfjax/assets/toy
 """
 
 import sys

@@ -156,7 +156,7 @@ def policy_parts(
 
     passes = len(config.denoising_steps)
     tokens = config.transformer.frame_tokens(*size)
-    attended = memory.keys.shape[2] // tokens + config.chunk_frames
+    attended = memory.keys.shape[2] + config.chunk_frames
     count = flops.transformer_pass(config.transformer, batch, config.chunk_frames, attended, tokens)
     tasks = {
         GATHER: (gathering, lambda: gathering.call(policy, late.value), 1, None),

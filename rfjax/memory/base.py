@@ -234,17 +234,38 @@ class FramePolicy:
         following = start[:, None] + chunk_frames
         live = (state.frames >= 0) & (self.last_reader(state.frames, state.shape) >= following)
         wanted = self.last_reader(new, state.shape) >= following
-        # The k-th wanted frame goes to the k-th free slot; the others to a slot beyond the last, which drops them.
-        free = jnp.argsort(live, axis=1, stable=True)
-        free = jnp.pad(free, ((0, 0), (0, chunk_frames)), constant_values=state.frames.shape[1])
+        # The k-th wanted frame goes to the k-th free slot; the others to a slot beyond the last, which is none.
+        beyond = state.frames.shape[1]
+        free = jnp.pad(jnp.argsort(live, axis=1, stable=True), ((0, 0), (0, chunk_frames)), constant_values=beyond)
         rank = jnp.cumsum(wanted, axis=1) - 1
-        slots = jnp.where(wanted, jnp.take_along_axis(free, jnp.maximum(rank, 0), axis=1), state.frames.shape[1])
+        slots = jnp.where(wanted, jnp.take_along_axis(free, jnp.maximum(rank, 0), axis=1), beyond)
         samples = jnp.arange(slots.shape[0])[:, None]
         features = self.describe(keys, state.shape)
         return dataclasses.replace(
             state,
-            keys=state.keys.at[:, samples, slots].set(keys, mode="drop"),
-            values=state.values.at[:, samples, slots].set(values, mode="drop"),
+            keys=_write(state.keys, keys, slots),
+            values=_write(state.values, values, slots),
             frames=jnp.where(live, state.frames, -1).at[samples, slots].set(new, mode="drop"),
             features=state.features.at[samples, slots].set(features, mode="drop"),
         )
+
+
+def _write(
+    store: Float[Array, "L B N T C"], new: Float[Array, "L B n T C"], slots: Int[Array, "B n"]
+) -> Float[Array, "L B N T C"]:
+    """Put each new frame into its slot, in place, unless that is beyond the last.
+
+    One slice at a time: XLA's scatter takes 3.6 times as long on a CPU and widens a bfloat16 store to float32 there.
+    """
+    count = slots.shape[1]
+    one = (store.shape[0], 1, 1, *store.shape[3:])
+
+    def put(k, store):
+        sample, i = k // count, k % count
+        slot = slots[sample, i]
+        at = (0, sample, jnp.minimum(slot, store.shape[2] - 1), 0, 0)
+        frame = jax.lax.dynamic_slice(new, (0, sample, i, 0, 0), one)
+        kept = jax.lax.dynamic_slice(store, at, one)
+        return jax.lax.dynamic_update_slice(store, jnp.where(slot < store.shape[2], frame, kept), at)
+
+    return jax.lax.fori_loop(0, slots.size, put, store) if store.shape[2] else store

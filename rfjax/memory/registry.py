@@ -54,6 +54,7 @@ def create(name: str, **settings: Any) -> MemoryPolicy:
 def _check(where: str, hint: Any, value: Any) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if typing.get_origin(hint) is typing.Literal:
+        value = str(value).lower() if isinstance(value, bool) else value  # YAML reads the word true as a boolean
         if value in typing.get_args(hint):
             return value
         raise UserError(f"{where} is {value!r}; it must be one of {', '.join(map(repr, typing.get_args(hint)))}")

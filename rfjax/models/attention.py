@@ -4,7 +4,6 @@ Softmax does not care for the order of keys, so callers pack `[own chunk | valid
 keys are valid. Each platform has one implementation, chosen when the computation is traced.
 """
 
-import functools
 from typing import Literal
 
 import jax
@@ -16,8 +15,8 @@ from rfjax.errors import UserError
 
 Implementation = Literal["xla", "cudnn", "splash"]
 
-SCORE_BYTES = 2**26
-"""The XLA path works on blocks of queries whose scores take at most this much (measured: docs/architecture.md)."""
+SCORE_BYTES, QUERY_BLOCK = 2**26, 256
+"""The XLA path works on blocks of at most so many queries, whose scores take at most so much (docs/architecture.md)."""
 
 
 def attention(
@@ -77,11 +76,9 @@ def _xla(q, k, v, kv_length):
 
 
 def _query_blocks(queries: int, bytes_per_query: int) -> int:
-    """The smallest division of the queries into equal blocks whose scores stay below SCORE_BYTES."""
-    for blocks in range(1, queries + 1):
-        if queries % blocks == 0 and queries // blocks * bytes_per_query <= SCORE_BYTES:
-            return blocks
-    return queries
+    """The smallest division of the queries into equal blocks within QUERY_BLOCK and SCORE_BYTES."""
+    most = max(min(QUERY_BLOCK, SCORE_BYTES // bytes_per_query), 1)
+    return next(blocks for blocks in range(1, queries + 1) if queries % blocks == 0 and queries // blocks <= most)
 
 
 def _cudnn(q, k, v, kv_length):
@@ -93,7 +90,6 @@ def _cudnn(q, k, v, kv_length):
     return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=kv_length, implementation="cudnn")
 
 
-@functools.cache
 def _splash_kernel(queries: int, keys: int, heads: int, interpret: bool = False):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks

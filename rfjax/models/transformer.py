@@ -33,13 +33,13 @@ class TextContext:
 @pytree()
 @dataclasses.dataclass(frozen=True)
 class AttendedMemory:
-    """Remembered frames as self-attention reads them: rotated, valid tokens first."""
+    """Remembered frames as self-attention reads them: rotated, valid frames first."""
 
-    keys: Float[Array, "*L B M C"]
-    """After the key norm and the rotary embedding, heads flattened; M tokens, padding included."""
-    values: Float[Array, "*L B M C"]
+    keys: Float[Array, "*L B S T C"]
+    """Of S frames of T tokens, after the key norm and the rotary embedding, heads flattened."""
+    values: Float[Array, "*L B S T C"]
     length: Int[Array, "B"]
-    """How many of the M tokens are valid."""
+    """How many of the S frames are valid."""
 
 
 class RMSNorm(nnx.Module):
@@ -130,9 +130,11 @@ class Block(nnx.Module):
         q, k, v = (rearrange(t, "b f t h d -> b (f t) h d") for t in (q, k, self._heads(values)))
         length = None
         if memory is not None:
-            length = memory.length + k.shape[1]
-            k = jnp.concatenate([k, self._heads(memory.keys)], axis=1)
-            v = jnp.concatenate([v, self._heads(memory.values)], axis=1)
+            length = memory.length * memory.keys.shape[2] + k.shape[1]
+            past_k, past_v = (
+                rearrange(self._heads(t), "b s t h d -> b (s t) h d") for t in (memory.keys, memory.values)
+            )
+            k, v = jnp.concatenate([k, past_k], axis=1), jnp.concatenate([v, past_v], axis=1)
         with jax.named_scope("self_attention"):
             out = attention(q, k, v, length)
         return attn.o(rearrange(out, "b (f t) h d -> b f t (h d)", f=frames)), keys, values
@@ -244,11 +246,10 @@ def timestep_features(timestep: Float[Array, "B F"], dim: int) -> Float[Array, "
 
 def rotate_memory(
     keys: Float[Array, "L B S T C"], positions: Int[Array, "B S"], rows: int, columns: int, config: TransformerConfig
-) -> Float[Array, "L B M C"]:
-    """Turn remembered keys to their time positions and flatten frames and tokens, M = S * T."""
+) -> Float[Array, "L B S T C"]:
+    """Turn remembered keys to their time positions."""
     heads = keys.reshape(*keys.shape[:-1], config.num_heads, config.head_dim)
-    turned = rotate(heads, *rotation(positions, rows, columns, config.head_dim))
-    return rearrange(turned, "l b s t h d -> l b (s t) (h d)")
+    return rotate(heads, *rotation(positions, rows, columns, config.head_dim)).reshape(keys.shape)
 
 
 def patchify(latents: Float[Array, "B F H W C"], patch: tuple[int, ...]) -> Float[Array, "B F tokens volume"]:

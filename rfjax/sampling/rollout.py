@@ -121,7 +121,7 @@ def attend(config: ModelConfig, frame_size: tuple[int, int], view: View) -> Atte
     """Rotate a view to its time positions, once a chunk, for all passes."""
     rows, columns = frame_size[0] // config.transformer.patch_size[1], frame_size[1] // config.transformer.patch_size[2]
     keys = rotate_memory(view.keys, view.positions, rows, columns, config.transformer)
-    return AttendedMemory(keys, view.values.reshape(keys.shape), view.length * view.values.shape[3])
+    return AttendedMemory(keys, view.values, view.length)
 
 
 def _commit(config, policy, network, text, memory, state, latents):

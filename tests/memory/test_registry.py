@@ -45,6 +45,10 @@ def test_settings_must_fit_the_chunk(name, settings, message):
         memory.create(name, **settings).init(SHAPE, 60, jnp.bfloat16)
 
 
+def test_the_word_true_survives_yaml():
+    assert memory.create("relax_forcing", positions=True) == memory.create("relax_forcing", positions="true")
+
+
 def test_footprint_of_the_1_3b_model():
     """K and V of one frame take 287.5 MB in bfloat16 (memory_policies.md)."""
     frame = 30 * 2 * 1560 * 1536 * 2
