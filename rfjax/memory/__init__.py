@@ -18,7 +18,7 @@ from rfjax.memory.base import (
     View,
 )
 from rfjax.memory.footprint import Footprint, footprint
-from rfjax.memory.registry import POLICIES, create, register
+from rfjax.memory.registry import POLICIES, create, parse, register
 from rfjax.memory.relaxed import RelaxForcing
 from rfjax.memory.window import AttentionSink, SelfForcing
 
@@ -42,5 +42,6 @@ __all__ = [
     "View",
     "create",
     "footprint",
+    "parse",
     "register",
 ]

@@ -1,10 +1,12 @@
 """Policies by name."""
 
+import contextlib
 import dataclasses
 import math
+import numbers
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from rfjax.errors import UserError, nearest
@@ -39,31 +41,59 @@ def create(name: str, **settings: Any) -> MemoryPolicy:
         UserError: an unknown policy or setting (with the nearest known one), a value of the wrong type, or settings
             that contradict each other.
     """
+    policy, hints = _look_up(name, settings)
+    return policy(**{key: _check(f"{name}: {key}", hints[key], value) for key, value in settings.items()})
+
+
+def parse(name: str, settings: Mapping[str, str]) -> MemoryPolicy:
+    """Make the policy of that name from settings as they are typed on a command line; `none` stands for None.
+
+    Raises:
+        UserError: as `create`.
+    """
+    _, hints = _look_up(name, settings)
+    return create(name, **{key: _parse(hints[key], text.strip()) for key, text in settings.items()})
+
+
+def _look_up(name: str, settings: Mapping[str, Any]) -> tuple[type, dict[str, Any]]:
+    """Return a policy and the types of its settings, all of `settings` among them."""
     if name not in POLICIES:
         raise UserError(f"unknown policy {name!r}{nearest(name, POLICIES)}; there are: {', '.join(sorted(POLICIES))}")
     policy = POLICIES[name]
-    hints = typing.get_type_hints(policy)
     known = [field.name for field in dataclasses.fields(policy)]
-    for key, value in settings.items():
+    for key in settings:
         if key not in known:
             raise UserError(f"{name} has no setting {key!r}{nearest(key, known)}; it has: {', '.join(known)}")
-        settings[key] = _check(f"{name}: {key}", hints[key], value)
-    return policy(**settings)
+    return policy, typing.get_type_hints(policy)
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _parse(hint: Any, text: str) -> Any:
+    """Convert text to the annotated type where it can be; `_check` says what is wrong with the rest."""
+    if type(None) in _options(hint) and text.lower() == "none":
+        return None
+    for kind in (int, float):
+        if kind in _options(hint):
+            with contextlib.suppress(ValueError):
+                return kind(text)
+    return text
 
 
 def _check(where: str, hint: Any, value: Any) -> Any:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    """Return the value as the annotated type, or raise `UserError`."""
+    options = _options(hint)
     if typing.get_origin(hint) is typing.Literal:
-        value = str(value).lower() if isinstance(value, bool) else value  # YAML reads the word true as a boolean
         if value in typing.get_args(hint):
             return value
         raise UserError(f"{where} is {value!r}; it must be one of {', '.join(map(repr, typing.get_args(hint)))}")
     if value is None and type(None) in options:
         return value
-    if float in options and isinstance(value, int | float) and not isinstance(value, bool):
-        if math.isfinite(value):
-            return float(value)
-    elif type(value) in options:
-        return value
+    if int in options and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    if float in options and isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
     names = " or ".join({"int": "a whole number", "float": "a finite number"}.get(o.__name__, "none") for o in options)
     raise UserError(f"{where} is {value!r}; it must be {names}")

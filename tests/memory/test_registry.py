@@ -1,4 +1,5 @@
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from rfjax import memory
@@ -45,8 +46,21 @@ def test_settings_must_fit_the_chunk(name, settings, message):
         memory.create(name, **settings).init(SHAPE, 60, jnp.bfloat16)
 
 
-def test_the_word_true_survives_yaml():
-    assert memory.create("relax_forcing", positions=True) == memory.create("relax_forcing", positions="true")
+def test_settings_as_typed():
+    typed = {"positions": "true", "redundancy_weight": "1e-3", "sink_frames": " 3 "}
+    assert memory.parse("relax_forcing", typed) == memory.create(
+        "relax_forcing", positions="true", redundancy_weight=0.001, sink_frames=3
+    )
+    assert memory.parse("self_forcing", {"window_frames": "none"}) == memory.create("self_forcing")
+    with pytest.raises(UserError, match="sink_frames is 'two'; it must be a whole number"):
+        memory.parse("relax_forcing", {"sink_frames": "two"})
+    with pytest.raises(UserError, match="redundancy_weight is inf; it must be a finite number"):
+        memory.parse("relax_forcing", {"redundancy_weight": "inf"})
+
+
+def test_numpy_numbers_are_numbers():
+    policy = memory.create("relax_forcing", sink_frames=np.int64(3), redundancy_weight=np.float32(0.5))
+    assert policy == memory.create("relax_forcing", sink_frames=3, redundancy_weight=0.5)
 
 
 def test_footprint_of_the_1_3b_model():
