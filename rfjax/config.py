@@ -3,8 +3,10 @@
 The file layout is that of `tests/golden/config.json`: one mapping per network beside the rollout's own numbers.
 """
 
+import contextlib
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -87,18 +89,21 @@ def _read(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list | tuple):
             raise UserError(f"{where} is {value!r}; a list is needed")
         return tuple(_read(item, v, f"{where}[{i}]") for i, v in enumerate(value))
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-6 as text
-        try:
-            return float(value)
-        except ValueError:
-            pass
+    if hint is float:
+        return _read_float(value, where)
     if type(value) is not hint:
         raise UserError(f"{where} is {value!r}; {hint.__name__} is needed")
     if isinstance(value, int) and hint is int and value < 1:
         raise UserError(f"{where} is {value}; a positive whole number is needed")
     return value
+
+
+def _read_float(value: Any, where: str) -> float:
+    if isinstance(value, int | float | str) and not isinstance(value, bool):  # YAML 1.1 reads 1e-6 as text
+        with contextlib.suppress(ValueError):
+            if math.isfinite(number := float(value)):
+                return number
+    raise UserError(f"{where} is {value!r}; a finite number is needed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,14 +115,21 @@ class TransformerConfig(_Config):
     text_len: int = 512
     """Tokens of prompt that cross-attention sees, padding included."""
     in_dim: int = 16
+    """Channels of the latents."""
     dim: int = 1536
+    """Channels of a token."""
     ffn_dim: int = 8960
+    """Hidden channels of the feed-forward part."""
     freq_dim: int = 256
+    """Cosines and sines of the timestep."""
     text_dim: int = 4096
+    """Channels of the prompt embeddings."""
     out_dim: int = 16
+    """Channels of the flow."""
     num_heads: int = 12
     num_layers: int = 30
     eps: float = 1e-6
+    """Of all norms."""
 
     _fixed = types.MappingProxyType({"qk_norm": True, "cross_attn_norm": True})
 
@@ -128,6 +140,8 @@ class TransformerConfig(_Config):
             raise UserError(
                 f"transformer.dim {self.dim} over num_heads {self.num_heads} must be a whole, even head dimension"
             )
+        if self.eps <= 0:
+            raise UserError(f"transformer.eps is {self.eps}; a positive number is needed")
 
     @property
     def head_dim(self) -> int:
@@ -149,12 +163,19 @@ class VAEConfig(_Config):
     """Sizes of the causal video autoencoder; the defaults are Wan2.1's."""
 
     dim: int = 96
+    """Channels at full resolution."""
     z_dim: int = 16
+    """Channels of the latents."""
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    """Channels of each level over `dim`; every level but the last halves rows and columns."""
     num_res_blocks: int = 2
+    """Residual blocks a level (the decoder has one more)."""
     temporal_downsample: tuple[bool, ...] = (False, True, True)
+    """Which levels also halve time."""
     latent_mean: tuple[float, ...] = WAN_LATENT_MEAN
+    """Of each channel before normalisation."""
     latent_std: tuple[float, ...] = WAN_LATENT_STD
+    """Of each channel before normalisation."""
 
     _aliases = types.MappingProxyType({"temperal_downsample": "temporal_downsample"})
     _fixed = types.MappingProxyType({"attn_scales": [], "dropout": 0.0})
@@ -165,6 +186,8 @@ class VAEConfig(_Config):
                 raise UserError(
                     f"vae.{name} has {len(getattr(self, name))} numbers; z_dim {self.z_dim} needs one for each channel"
                 )
+        if min(self.latent_std) <= 0:
+            raise UserError(f"vae.latent_std has {min(self.latent_std)}; positive numbers are needed")
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise UserError(
                 f"vae.temporal_downsample has {len(self.temporal_downsample)} entries; "
@@ -187,12 +210,17 @@ class TextEncoderConfig(_Config):
     """Sizes of the UMT5 encoder; the defaults are UMT5-XXL's."""
 
     vocab: int = 256384
+    """Tokens it knows."""
     dim: int = 4096
+    """Channels of an embedding."""
     dim_attn: int = 4096
+    """Channels of all attention heads together."""
     dim_ffn: int = 10240
+    """Hidden channels of the feed-forward part."""
     num_heads: int = 64
     num_layers: int = 24
     num_buckets: int = 32
+    """Relative positions told apart, both directions together."""
 
     _fixed = types.MappingProxyType({"shared_pos": False, "dropout": 0.0})
 
@@ -216,6 +244,16 @@ class ModelConfig(_Config):
     """Shown when the checkpoint is used, for instance that its weights are random."""
 
     _aliases = types.MappingProxyType({"text_encoder": "umt5"})
+
+    def __post_init__(self):
+        steps = self.denoising_steps
+        if not steps or max(steps) > 1000 or list(steps) != sorted(set(steps), reverse=True):
+            raise UserError(f"denoising_steps is {list(steps)}; numbers that fall from at most 1000 are needed")
+        if self.timestep_shift <= 0:
+            raise UserError(f"timestep_shift is {self.timestep_shift}; a positive number is needed")
+        for name, patch in zip(("latent_height", "latent_width"), self.transformer.patch_size[1:], strict=True):
+            if getattr(self, name) % patch:
+                raise UserError(f"{name} is {getattr(self, name)}; a multiple of the patch's {patch} is needed")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "config") -> "ModelConfig":
@@ -244,7 +282,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the configuration {path}: {error}") from None
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+    except (json.JSONDecodeError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds {type(values).__name__}; a mapping of settings is needed")

@@ -33,6 +33,14 @@ def test_the_golden_configuration_is_read_as_it_stands():
         ({"vae": {"attn_scales": [0.5]}}, "attn_scales is [0.5]; rfjax has this network with [] only"),
         ({"umt5": {"shared_pos": True}}, "shared_pos is True"),
         ({"frame_tokens": 12}, "frame_tokens is 12; a latent frame of 60x104 has 1560"),
+        ({"denoising_steps": []}, "denoising_steps is []; numbers that fall from at most 1000"),
+        ({"denoising_steps": [250, 500]}, "denoising_steps is [250, 500]"),
+        ({"denoising_steps": [1500, 750]}, "denoising_steps is [1500, 750]"),
+        ({"timestep_shift": "nan"}, "timestep_shift is 'nan'; a finite number"),
+        ({"timestep_shift": -1}, "timestep_shift is -1.0; a positive number"),
+        ({"transformer": {"eps": -1}}, "transformer.eps is -1.0; a positive number"),
+        ({"vae": {"latent_std": [0] * 16}}, "vae.latent_std has 0.0; positive numbers"),
+        ({"latent_height": 61}, "latent_height is 61; a multiple of the patch's 2"),
         ({"denoising_steps": 1000}, "denoising_steps is 1000; a list is needed"),
     ],
 )
@@ -48,6 +56,7 @@ def test_mistakes_are_named(change, message):
         ("a.json", "{", "not valid JSON"),
         ("a.yaml", "a: [", "not valid YAML"),
         ("a.yaml", "- 1", "holds list; a mapping"),
+        ("a.json", "[" * 100_000, "not valid JSON"),
         ("missing.yaml", None, "cannot read"),
     ],
 )

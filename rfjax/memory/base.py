@@ -12,6 +12,7 @@ Shapes: L layers, B samples, N stored frames, S attended frames, T tokens a fram
 chunk. Heads stay flattened because the last two axes (12, 128) would be padded by a third in TPU memory.
 """
 
+import abc
 import dataclasses
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -19,7 +20,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
-from rfjax.errors import UserError
 from rfjax.pytree import pytree
 
 NONE, SINK, HISTORY, TAIL = 0, 1, 2, 3
@@ -34,11 +34,17 @@ class MemoryShape:
     """Sizes of the network and the batch that a memory is made for."""
 
     layers: int
+    """Of the transformer; each has keys and values of its own."""
     batch: int
+    """Videos made together."""
     heads: int
+    """Of each attention."""
     head_dim: int
+    """Channels of a head."""
     frame_tokens: int
+    """Tokens of one latent frame."""
     chunk_frames: int
+    """Latent frames generated together."""
 
 
 @pytree(static=["shape"])
@@ -54,6 +60,7 @@ class FrameStore:
     features: Float[Array, "B N E"]
     """What the policy's `describe` made of each frame's keys, for later decisions."""
     shape: MemoryShape
+    """Static sizes that the store was made for."""
 
 
 @pytree()
@@ -141,38 +148,46 @@ class Choice:
     positions: Int[Array, "S"]
     """Its time position, counted from the chunk's first frame."""
     roles: Int[Array, "S"]
+    """NONE, SINK, HISTORY or TAIL."""
     selected: Int[Array, "history"]
+    """Frames chosen by score, in time order, -1 for none."""
     candidates: Int[Array, "candidates"]
+    """Frames among which they were chosen, -1 for none."""
     scores: Float[Array, "candidates"]
+    """Score of each candidate, NaN where there is none."""
 
 
 def plain_choice(frames: Int[Array, "S"], positions: Int[Array, "S"], roles: Int[Array, "S"]) -> Choice:
     """Return a decision that took no scores."""
     none = jnp.zeros(0, jnp.int32)
-    return Choice(frames, positions, jnp.where(frames < 0, NONE, roles), none, none, jnp.zeros(0))
+    return Choice(frames, positions, jnp.where(frames < 0, NONE, roles), none, none, jnp.zeros(0, jnp.float32))
 
 
-class FramePolicy:
+class FramePolicy(abc.ABC):
     """Base of the policies that keep whole frames unchanged: decisions for one sample there, moving of data here."""
 
     attends_store: ClassVar[bool] = False
-    """Whether a chunk attends to every stored frame. Then the store itself is the view, and nothing is gathered."""
+    """Whether a chunk attends to every stored frame. Then the store itself is the view, and nothing is gathered.
 
+    Filled slots must then be the first ones, which holds because a new frame takes the first free slot, as long as
+    `last_reader` never frees more frames than the following chunk brings.
+    """
+
+    @abc.abstractmethod
     def capacity(self, shape: MemoryShape, video_frames: int) -> int:
         """How many frames must be stored at once. Raises UserError where the settings do not fit the shape."""
-        raise UserError(f"{type(self).__name__} does not say its capacity")
 
+    @abc.abstractmethod
     def last_reader(self, frame: Int[Array, "*shape"], shape: MemoryShape) -> Int[Array, "*shape"]:
         """First frame of the last chunk that may attend to each given frame (anything below it if none may)."""
-        raise UserError(f"{type(self).__name__} does not say when a frame may be freed")
 
+    @abc.abstractmethod
     def choose(self, stored: Stored, start: Int[Array, ""]) -> Choice:
         """Decide what one sample's chunk that begins with frame `start` attends to."""
-        raise UserError(f"{type(self).__name__} does not choose")
 
     def describe(self, keys: Float[Array, "L B n T C"], shape: MemoryShape) -> Float[Array, "B n E"]:
         """Summarise each frame of a chunk for later decisions. Nothing by default."""
-        return jnp.zeros((*keys.shape[1:3], 0))
+        return jnp.zeros((*keys.shape[1:3], 0), jnp.float32)
 
     def init(self, shape: MemoryShape, video_frames: int, dtype: DTypeLike) -> FrameStore:
         """Return an empty store."""
@@ -213,7 +228,7 @@ class FramePolicy:
 
     def _decide(self, stored: Stored, start: Int[Array, ""]) -> Choice:
         """Return one sample's choice, gathered frames with the valid ones first; slots are filled in that order."""
-        choice = self.choose(stored, start)
+        choice = jax.tree.map(_narrow, self.choose(stored, start))
         if self.attends_store:
             return choice
         order = jnp.argsort(choice.frames < 0, stable=True)
@@ -230,7 +245,7 @@ class FramePolicy:
     ) -> FrameStore:
         """Free the frames that no later chunk can ask for and store those of the chunk that one can."""
         chunk_frames = keys.shape[2]
-        new = start[:, None] + jnp.arange(chunk_frames)
+        new = start[:, None] + jnp.arange(chunk_frames, dtype=jnp.int32)
         following = start[:, None] + chunk_frames
         live = (state.frames >= 0) & (self.last_reader(state.frames, state.shape) >= following)
         wanted = self.last_reader(new, state.shape) >= following
@@ -248,6 +263,11 @@ class FramePolicy:
             frames=jnp.where(live, state.frames, -1).at[samples, slots].set(new, mode="drop"),
             features=state.features.at[samples, slots].set(features, mode="drop"),
         )
+
+
+def _narrow(values: Array) -> Array:
+    """Return whole numbers as int32 and others as float32, also where JAX counts in 64 bits by default."""
+    return values.astype(jnp.int32 if jnp.issubdtype(values.dtype, jnp.integer) else jnp.float32)
 
 
 def _write(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import Literal
 
 import jax
@@ -12,6 +13,9 @@ from jaxtyping import Array, Float, Int
 from rfjax.errors import UserError
 from rfjax.memory.base import FOREVER, HISTORY, NONE, SINK, TAIL, Choice, FramePolicy, MemoryShape, Stored
 from rfjax.memory.registry import register
+
+LARGEST_RESERVOIR = 10_000
+"""The candidate rule is tabulated for every frame of the reservoir; this is 40 minutes."""
 
 
 @register("relax_forcing")
@@ -29,9 +33,13 @@ class RelaxForcing(FramePolicy):
     reservoir_frames: int = 120
     """Frames, own chunk included, beyond which the oldest that are not sink no longer count."""
     sink_frames: int = 2
+    """First frames of the video."""
     history_frames: int = 1
+    """Frames chosen from the middle by score."""
     tail_frames: int = 1
+    """Last frames before the own chunk."""
     history_candidates: int = 4
+    """Frames of the middle's second half that are scored."""
     redundancy_weight: float = 2.0
     """How strongly likeness to the tail counts against a candidate."""
     positions: Literal["hybrid", "true"] = "hybrid"
@@ -45,6 +53,11 @@ class RelaxForcing(FramePolicy):
             raise UserError(
                 f"relax_forcing: history_candidates is {self.history_candidates}; "
                 f"history_frames {self.history_frames} need at least as many"
+            )
+        if not self.history_candidates <= self.reservoir_frames <= LARGEST_RESERVOIR:
+            raise UserError(
+                f"relax_forcing: reservoir_frames is {self.reservoir_frames}; history_candidates "
+                f"{self.history_candidates} need at least as many, and {LARGEST_RESERVOIR} are the most"
             )
 
     def capacity(self, shape: MemoryShape, video_frames: int) -> int:
@@ -121,15 +134,23 @@ class RelaxForcing(FramePolicy):
         return candidates, scores, jnp.where(selected == FOREVER, -1, selected)
 
     def _local_limit(self, chunk_frames: int) -> int:
-        """Frames of the reservoir beside the own chunk."""
-        limit = self.reservoir_frames - chunk_frames
-        needed = self.sink_frames + self.history_frames + self.tail_frames + chunk_frames + 1
+        """Frames of the reservoir beside the own chunk.
+
+        Raises:
+            UserError: its middle is too short for so many history frames.
+        """
+        outside = self.sink_frames + self.tail_frames + chunk_frames
+        needed = outside + next(
+            length
+            for length in itertools.count(2)
+            if len(candidate_indices(length, self.history_candidates)) >= self.history_frames
+        )
         if self.reservoir_frames < needed:
             raise UserError(
                 f"relax_forcing: reservoir_frames is {self.reservoir_frames}; sink {self.sink_frames}, history "
                 f"{self.history_frames}, tail {self.tail_frames} and the chunk's {chunk_frames} need at least {needed}"
             )
-        return limit
+        return self.reservoir_frames - chunk_frames
 
     def _sizes(self, chunk_frames: int) -> "_Sizes":
         return _Sizes(
@@ -139,7 +160,10 @@ class RelaxForcing(FramePolicy):
 
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
+    """What the plan depends on, in frames."""
+
     local_limit: int
+    """Of the reservoir, beside the own chunk."""
     sink: int
     tail: int
     candidates: int

@@ -66,7 +66,9 @@ class AttentionSink(FramePolicy):
     """First and last frames at contiguous time positions that end at the own chunk: Relax Forcing's baseline."""
 
     sink_frames: int = 3
+    """First frames of the video, always kept."""
     tail_frames: int = 15
+    """Last frames before the own chunk."""
 
     attends_store = True
 

@@ -1,8 +1,8 @@
-"""Three-axis rotary embedding with exact phases at any distance.
+"""Three-axis rotary embedding without a last frame.
 
 Only differences of positions matter to attention, so time is counted from the first frame of the chunk being
 generated and remembered frames sit at negative positions. Phases are integers modulo 2**32 (one turn), which wrap
-without error: there is no last frame, and frame 10**6 is as exact as frame 1.
+without error; the rounding of their steps adds at most 7e-10 radians a frame of distance, so 1e-5 after an hour.
 """
 
 import jax

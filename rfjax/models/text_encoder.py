@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rfjax.config import TextEncoderConfig
 from rfjax.models.functional import Params, bind
+from rfjax.models.layers import RMSNorm
 
 MAX_DISTANCE = 128
 """Tokens from which on all distances share the last bucket."""
@@ -36,19 +37,6 @@ def relative_buckets(length: int, num_buckets: int) -> Int[np.ndarray, "L L"]:
     bucket = np.where(distance < exact, distance, np.minimum(exact + steps.astype(np.int32), half - 1))
     offset = distance[None, :] - distance[:, None]
     return bucket[np.abs(offset)] + half * (offset > 0)
-
-
-class RMSNorm(nnx.Module):
-    """Scale every token to unit mean square over its channels; statistics in float32."""
-
-    def __init__(self, dim: int, *, rngs: nnx.Rngs, param_dtype: Any = jnp.float32):
-        self.scale = nnx.Param(jnp.ones((dim,), param_dtype))
-
-    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        """Return the normalised tokens."""
-        wide = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        return (wide * lax.rsqrt(mean_square + EPS)).astype(x.dtype) * self.scale[...]
 
 
 class Linear(nnx.Module):
@@ -112,9 +100,9 @@ class EncoderBlock(nnx.Module):
     """Self-attention and feed-forward, each on normalised input and added to the residual."""
 
     def __init__(self, config: TextEncoderConfig, *, rngs: nnx.Rngs, param_dtype: Any = jnp.float32):
-        self.norm1 = RMSNorm(config.dim, rngs=rngs, param_dtype=param_dtype)
+        self.norm1 = RMSNorm(config.dim, EPS, param_dtype=param_dtype)
         self.attn = SelfAttention(config, rngs=rngs, param_dtype=param_dtype)
-        self.norm2 = RMSNorm(config.dim, rngs=rngs, param_dtype=param_dtype)
+        self.norm2 = RMSNorm(config.dim, EPS, param_dtype=param_dtype)
         self.ffn = GatedFeedForward(config, rngs=rngs, param_dtype=param_dtype)
         self.position_bias = Embedding(config.num_buckets, config.num_heads, rngs=rngs, param_dtype=param_dtype)
 
@@ -138,7 +126,7 @@ class UMT5Encoder(nnx.Module):
         self.num_buckets = config.num_buckets
         self.token_embedding = Embedding(config.vocab, config.dim, rngs=rngs, param_dtype=param_dtype)
         self.blocks = stack(rngs)
-        self.norm = RMSNorm(config.dim, rngs=rngs, param_dtype=param_dtype)
+        self.norm = RMSNorm(config.dim, EPS, param_dtype=param_dtype)
 
     def __call__(self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
         """Return the hidden states of all tokens; those of padding mean nothing."""

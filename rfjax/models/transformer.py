@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from rfjax.config import TransformerConfig
 from rfjax.models.attention import attention
+from rfjax.models.layers import RMSNorm
 from rfjax.models.rope import rotate, rotation
 from rfjax.pytree import pytree
 
@@ -42,20 +43,6 @@ class AttendedMemory:
     """How many of the S frames are valid."""
 
 
-class RMSNorm(nnx.Module):
-    """Root-mean-square norm over all channels, statistics in float32."""
-
-    def __init__(self, dim: int, eps: float, *, param_dtype):
-        self.scale = nnx.Param(jnp.ones(dim, param_dtype))
-        self.eps = eps
-
-    def __call__(self, x):
-        """Norm the last axis of x."""
-        f = x.astype(jnp.float32)
-        f = f * jax.lax.rsqrt(jnp.mean(jnp.square(f), axis=-1, keepdims=True) + self.eps)
-        return (f * self.scale[...].astype(jnp.float32)).astype(x.dtype)
-
-
 class AffineNorm(nnx.Module):
     """Layer norm with weight and bias, statistics in float32."""
 
@@ -73,9 +60,9 @@ class AffineNorm(nnx.Module):
 class MLP(nnx.Module):
     """Linear, activation, Linear."""
 
-    def __init__(self, din: int, hidden: int, dout: int, activation, *, rngs: nnx.Rngs, param_dtype):
-        self.fc1 = linear(din, hidden, rngs=rngs, param_dtype=param_dtype)
-        self.fc2 = linear(hidden, dout, rngs=rngs, param_dtype=param_dtype)
+    def __init__(self, din: int, hidden: int, dout: int, activation, *, rngs: nnx.Rngs, param_dtype, precision=None):
+        self.fc1 = linear(din, hidden, rngs=rngs, param_dtype=param_dtype, precision=precision)
+        self.fc2 = linear(hidden, dout, rngs=rngs, param_dtype=param_dtype, precision=precision)
         self.activation = activation
 
     def __call__(self, x):
@@ -173,8 +160,10 @@ class WanTransformer(nnx.Module):
         kwargs = {"rngs": rngs, "param_dtype": param_dtype}
         self.patch_embedding = linear(config.patch_volume * config.in_dim, dim, **kwargs)
         self.text_embedding = MLP(config.text_dim, dim, dim, jax.nn.gelu, **kwargs)
-        self.time_embedding = MLP(config.freq_dim, dim, dim, jax.nn.silu, **kwargs)
-        self.time_projection = linear(dim, 6 * dim, **kwargs)
+        # A few numbers a frame decide over all tokens: true float32 also where products are rounded by default.
+        exact = {**kwargs, "precision": jax.lax.Precision.HIGHEST}
+        self.time_embedding = MLP(config.freq_dim, dim, dim, jax.nn.silu, **exact)
+        self.time_projection = linear(dim, 6 * dim, **exact)
         self.blocks = stacked(Block, config.num_layers, config, **kwargs)
         self.head = Head(config, **kwargs)
 
@@ -201,7 +190,7 @@ class WanTransformer(nnx.Module):
         dtype = self.patch_embedding.kernel[...].dtype
         x = self.patch_embedding(patchify(latents.astype(dtype), config.patch_size))
         embedding, modulation = self._embed_time(timestep)
-        positions = jnp.broadcast_to(jnp.arange(frames), (batch, frames))
+        positions = jnp.broadcast_to(jnp.arange(frames, dtype=jnp.int32), (batch, frames))
         rope = rotation(positions, rows, columns, config.head_dim)
         graphdef, layers = nnx.split(self.blocks)
 
@@ -271,15 +260,15 @@ def layer_norm(x: Float[Array, "*shape C"], eps: float) -> Float[Array, "*shape 
     return centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + eps)
 
 
-def linear(din: int, dout: int, *, rngs: nnx.Rngs, param_dtype) -> nnx.Linear:
-    """A dense layer with bias that computes in the type of its input."""
+def linear(din: int, dout: int, *, rngs: nnx.Rngs, param_dtype, precision=None) -> nnx.Linear:
+    """A dense layer with bias that computes in the wider type of its input and its parameters."""
     init = nnx.initializers.xavier_uniform()
-    return nnx.Linear(din, dout, rngs=rngs, param_dtype=param_dtype, kernel_init=init)
+    return nnx.Linear(din, dout, rngs=rngs, param_dtype=param_dtype, kernel_init=init, precision=precision)
 
 
 def modulation_init(rngs: nnx.Rngs, rows: int, dim: int, dtype) -> jax.Array:
     """Normal with standard deviation dim ** -0.5, as upstream."""
-    return jax.random.normal(rngs.params(), (rows, dim), dtype) * dim**-0.5
+    return jax.random.normal(rngs.params(), (rows, dim), dtype) * jnp.asarray(dim**-0.5, dtype)
 
 
 def stacked(block, layers: int, config, *, rngs: nnx.Rngs, param_dtype):

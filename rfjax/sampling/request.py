@@ -32,7 +32,9 @@ class Sizes:
     generated: tuple[int, ...]
     """[B, F, H, W, C] of the generated frames."""
     given_frames: int
+    """Frames of the given beginning."""
     chunk_frames: int
+    """Latent frames generated together."""
 
     @property
     def chunks(self) -> int:
@@ -64,6 +66,11 @@ def request_of(
         UserError: the arguments do not fit the model or each other.
     """
     drawn = isinstance(noise, tuple)
+    if not drawn and not hasattr(noise, "shape"):
+        raise UserError(
+            f"noise is a {type(noise).__name__}; an array [B, F, H, W, {config.transformer.in_dim}], "
+            "or that shape as a tuple, is needed"
+        )
     shape = noise if drawn else noise.shape
     given = 0 if initial_latents is None else initial_latents.shape[1]
     _check_shapes(config, prompt_embeds, shape, given)
@@ -97,6 +104,8 @@ def _check_shapes(config: ModelConfig, prompt_embeds, shape, given: int) -> None
     for name, size, patch in zip(("height", "width"), shape[2:4], network.patch_size[1:], strict=True):
         if size < patch or size % patch:
             raise UserError(f"latent {name} is {size}; a multiple of the patch's {patch} is needed")
+    if prompt_embeds.ndim != 3:
+        raise UserError(f"prompt_embeds has shape {prompt_embeds.shape}; [B, tokens, {network.text_dim}] is needed")
     if prompt_embeds.shape[0] != shape[0]:
         raise UserError(f"prompt_embeds has {prompt_embeds.shape[0]} samples and noise {shape[0]}; they must be equal")
     if prompt_embeds.shape[1] > network.text_len or prompt_embeds.shape[2] != network.text_dim:
@@ -112,6 +121,8 @@ def sample_keys(key: Array, batch: int) -> Key[Array, "B"]:
     Raises:
         UserError: an array of another number of keys.
     """
+    if not hasattr(key, "dtype"):
+        raise UserError(f"key is {key!r}; one of JAX is needed, such as jax.random.key(0)")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     if key.ndim == 0:

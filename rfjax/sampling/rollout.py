@@ -94,8 +94,12 @@ def chunk_step(
         return add_noise(x - sigma * flow, fresh, following), None
 
     # After the last step the noise level is 0, where adding noise changes nothing.
-    last = jnp.zeros((1, *renoise.shape[1:]))
-    scanned = (jnp.asarray(steps), sigmas, jnp.append(sigmas[1:], 0.0), jnp.concatenate([renoise, last]))
+    scanned = (
+        jnp.asarray(steps),
+        sigmas,
+        jnp.concatenate([sigmas[1:], jnp.zeros_like(sigmas[:1])]),
+        jnp.concatenate([renoise, jnp.zeros_like(initial)[None]]),
+    )
     latents, _ = jax.lax.scan(denoise, initial, scanned)
 
     state = _commit(config, policy, network, text, memory, state, latents)
@@ -126,7 +130,7 @@ def attend(config: ModelConfig, frame_size: tuple[int, int], view: View) -> Atte
 
 def _commit(config, policy, network, text, memory, state, latents):
     batch, frames = latents.shape[:2]
-    _, kv = network(latents, jnp.zeros((batch, frames)), text, memory, return_kv=True)
+    _, kv = network(latents, jnp.zeros((batch, frames), jnp.float32), text, memory, return_kv=True)
     return RolloutState(policy.commit(state.memory, *kv, state.start), state.start + frames)
 
 
@@ -140,7 +144,7 @@ def _noise_of(config: ModelConfig, frame_size: tuple[int, int], state: RolloutSt
         """Standard normal numbers [B, *shape], of each sample's own key."""
 
         def one(key, chunk):
-            return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, chunk), use), shape)
+            return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, chunk), use), shape, jnp.float32)
 
         return jax.vmap(one)(noise.keys, chunk)
 

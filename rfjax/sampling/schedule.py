@@ -21,9 +21,8 @@ def timesteps(shift: float) -> np.ndarray:
 
 
 def warp(steps: tuple[int, ...], shift: float) -> np.ndarray:
-    """Timesteps of a few-step list such as (1000, 750, 500, 250): grid entry `1000 - step` of each, 0 for step 0."""
-    grid = np.append(timesteps(shift), np.float32(0))
-    return grid[STEPS - np.asarray(steps)]
+    """Timesteps of a few-step list such as (1000, 750, 500, 250): grid entry `1000 - step` of each, float32."""
+    return timesteps(shift)[STEPS - np.asarray(steps)]
 
 
 def sigma_at(timestep: Float[Array, "*shape"], shift: float) -> Float[Array, "*shape"]:

@@ -21,6 +21,8 @@ SHAPE = MemoryShape(layers=30, batch=1, heads=12, head_dim=128, frame_tokens=156
         ("relax_forcing", {"positions": "hybird"}, "positions is 'hybird'; it must be one of 'hybrid', 'true'"),
         ("relax_forcing", {"history_frames": 3, "history_candidates": 2}, "history_candidates is 2; history_frames 3"),
         ("relax_forcing", {"tail_frames": 0}, "tail_frames is 0; 1 or more"),
+        ("relax_forcing", {"history_candidates": 10**11}, "reservoir_frames is 120; history_candidates 100000000000"),
+        ("relax_forcing", {"reservoir_frames": 10**9}, "reservoir_frames is 1000000000; history_candidates 4 need"),
         ("self_forcing", {"window_frames": 0}, "window_frames is 0; a positive number"),
         ("self_forcing", {"sink_frames": -1}, "sink_frames is -1; 0 or more"),
         ("attention_sink", {"tail_frames": -2}, "tail_frames is -2; 0 or more"),
@@ -37,6 +39,7 @@ def test_create_says_what_is_wrong(name, settings, message):
     ("name", "settings", "message"),
     [
         ("relax_forcing", {"reservoir_frames": 7}, "reservoir_frames is 7; sink 2, history 1, tail 1"),
+        ("relax_forcing", {"reservoir_frames": 11, "history_frames": 4}, "reservoir_frames is 11; sink 2, history 4"),
         ("self_forcing", {"window_frames": 2}, "window_frames is 2; sink_frames 0 and the chunk's 3 need at least 3"),
         ("self_forcing", {"window_frames": 6, "sink_frames": 3}, "need at least 7"),
     ],
@@ -44,6 +47,18 @@ def test_create_says_what_is_wrong(name, settings, message):
 def test_settings_must_fit_the_chunk(name, settings, message):
     with pytest.raises(UserError, match=message):
         memory.create(name, **settings).init(SHAPE, 60, jnp.bfloat16)
+
+
+def test_the_smallest_reservoir_has_all_its_history():
+    from rfjax.memory.relaxed import _plan
+
+    for history in (1, 2, 4):
+        with pytest.raises(UserError, match="need at least") as error:
+            memory.create("relax_forcing", reservoir_frames=4, history_frames=history).init(SHAPE, 60, jnp.float32)
+        least = int(str(error.value).split()[-1])
+        policy = memory.create("relax_forcing", reservoir_frames=least, history_frames=history)
+        assert isinstance(policy, memory.RelaxForcing)
+        assert (_plan(policy._sizes(3)).candidates[-1] >= 0).sum() >= history
 
 
 def test_settings_as_typed():
