@@ -1,7 +1,7 @@
-"""`python -m checkpoints_convert`."""
+"""`python -m checkpoints_convert`: the same command as `rfjax convert`."""
 
 import sys
 
-from checkpoints_convert.cli import main
+from rfjax.cli import main
 
-sys.exit(main())
+sys.exit(main(["convert", *sys.argv[1:]]))

@@ -1,10 +1,7 @@
-"""Command line of the converter, also of `rfjax convert`."""
+"""The command `rfjax convert`."""
 
 import argparse
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from checkpoints_convert.convert import convert
 from checkpoints_convert.export import export
@@ -48,27 +45,3 @@ def run(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} does not go with --to-torch, which takes --output only")
     export(args.to_torch, args.output)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the converter and return its exit code: 0, 2 for a mistake of the user's, 130 when interrupted."""
-    parser = _Parser(
-        prog="checkpoints_convert",
-        description="Convert Wan and Self-Forcing checkpoints to rfjax and back.",
-        allow_abbrev=False,
-    )
-    add_arguments(parser)
-    try:
-        run(parser.parse_args(arguments))
-    except UserError as error:
-        print(f"checkpoints_convert: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("checkpoints_convert: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0

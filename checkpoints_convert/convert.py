@@ -20,6 +20,7 @@ from checkpoints_convert.tensors import StoredTensor
 from rfjax.config import ModelConfig, read_mapping
 from rfjax.errors import UserError
 from rfjax.io.checkpoints import LazyArray, check_dtype, check_output, parameter_trees, save
+from rfjax.io.paths import existing_above
 from rfjax.models.functional import Params
 from rfjax.models.tokenizer import Tokenizer
 
@@ -68,7 +69,7 @@ def convert(
         UserError: anything that the user can mend; nothing has been written then.
     """
     kind = check_dtype(dtype)
-    check_output(output)
+    target = check_output(output)
     given = read_mapping(config) if config else {}
     paths = {"transformer": transformer, "vae": vae, "text_encoder": text_encoder}
     keys = {"transformer": transformer_key}
@@ -82,7 +83,7 @@ def convert(
     if folder is not None:
         Tokenizer.load(folder, model_config.transformer.text_len)
     sizes = {name: sum(math.prod(leaf.shape) for _, leaf in flatten(tree)) for name, tree in trees.items()}
-    _check_space(output, sum(sizes.values()) * kind.itemsize)
+    _check_space(target, sum(sizes.values()) * kind.itemsize)
     for name, parameters in sizes.items():
         report(_summary(opened[name], parameters, kind))
     save(output, model_config, trees, folder)
@@ -185,8 +186,7 @@ def _check_tied(matched: Matched, tensors: Mapping[str, StoredTensor]) -> None:
 
 
 def _check_space(output: Path, size: int) -> None:
-    above = next(folder for folder in output.absolute().parents if folder.exists())
-    free = shutil.disk_usage(above).free
+    free = shutil.disk_usage(existing_above(output)).free
     if free < size:
         raise UserError(f"cannot write {output}: {size / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
 

@@ -14,6 +14,7 @@ from checkpoints_convert.safetensors_file import write_safetensors
 from rfjax.errors import UserError
 from rfjax.io import checkpoints
 from rfjax.io.atomic import write_json
+from rfjax.io.paths import kind_of
 
 CONFIG = "rfjax_config.json"
 """Sizes and rollout settings in the form that `--config` takes; named so that no other tool mistakes it for its own."""
@@ -44,7 +45,7 @@ def export(checkpoint: Path, output: Path, report: Callable[[str], None] = print
             write_safetensors(folder / network.upstream_file, shapes, types[name], values)
             parameters = sum(math.prod(shape) for shape in shapes.values())
             report(f"{name}: {len(shapes)} tensors, {parameters:,} parameters in {types[name]}")
-        if (checkpoint / checkpoints.TOKENIZER).is_dir():
+        if kind_of(checkpoint / checkpoints.TOKENIZER, "the folder") == "folder":
             checkpoints.copy_tokenizer(checkpoint / checkpoints.TOKENIZER, folder / _TOKENIZER)
         write_json(folder / CONFIG, config.to_dict())
 

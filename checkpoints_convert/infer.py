@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from checkpoints_convert.matching import Matched, misfit
+from rfjax.errors import UserError
 
 _HEAD_DIM = 128
 """Of both published Wan sizes; nothing in a checkpoint says it."""
@@ -68,11 +69,21 @@ def _transformer(matched: Matched, shapes: Shapes) -> dict[str, Any]:
 
 
 def _vae(matched: Matched, shapes: Shapes) -> dict[str, Any]:
-    """Read the levels off the encoder's blocks: residual ones, and one down-sampling between two levels."""
+    """Read the levels off the encoder's blocks: residual ones, and one down-sampling between two levels.
+
+    Raises:
+        UserError: the blocks' numbers tell of no residual blocks, or of more blocks than there are tensors.
+    """
     dim = _shape(matched, shapes, "encoder.conv_in.kernel", 5)[0]
     parts = {tuple(path.split(".")[2:4]) for path, _ in matched.slots if path.startswith("encoder.down.")}
     samplers = sorted(int(block) for block, part in parts if part == "conv")
     last = max((int(block) for block, part in parts if part != "conv"), default=0)
+    residual = samplers[0] if samplers else last + 1
+    if residual == 0 or (len(samplers) + 1) * (residual + 1) > len(matched.slots):
+        raise UserError(
+            f"{matched.label} has {len(samplers) + 1} levels of {residual} residual blocks by its names, which its "
+            f"{len(matched.slots)} tensors cannot be"
+        )
     widths = [
         _shape(matched, shapes, f"encoder.down.{i}.conv2.kernel", 5)[0] for i in (*(s - 1 for s in samplers), last)
     ]
@@ -80,7 +91,7 @@ def _vae(matched: Matched, shapes: Shapes) -> dict[str, Any]:
         "dim": dim,
         "z_dim": _shape(matched, shapes, "decoder.conv_in.kernel", 5)[1],
         "dim_mult": [width // dim for width in widths],
-        "num_res_blocks": samplers[0] if samplers else last + 1,
+        "num_res_blocks": residual,
         "temporal_downsample": [(str(i), "time_conv") in parts for i in samplers],
     }
 

@@ -50,15 +50,8 @@ class Matched:
         return nested_up_block(name, self.resnets) if self.layout == "diffusers" else name
 
     def layers(self) -> int:
-        """Return one more than the highest number of a layer in the file.
-
-        Raises:
-            UserError: the numbers leave so many gaps that they cannot be those of layers.
-        """
-        count = 1 + max((layer for path, layer in self.slots if path.startswith("blocks.")), default=0)
-        if count > len(self.slots):
-            raise UserError(f"{self.label} numbers its layers up to {count - 1} but has {len(self.slots)} tensors only")
-        return count
+        """Return one more than the highest number of a layer in the file."""
+        return 1 + max((layer for path, layer in self.slots if path.startswith("blocks.")), default=0)
 
 
 def rule_for(path: str, rules: Iterable[Rule]) -> tuple[Rule, dict[str, str]]:
@@ -93,7 +86,7 @@ def match(label: str, network: Network, tensors: Iterable[str]) -> Matched:
     slots: dict[tuple[str, int], tuple[str, ...]] = defaultdict(tuple)
     unmapped = []
     for name in bare:
-        slot = _slot(flat[bare[name]], network.layouts[found[1]])
+        slot = _slot(flat[bare[name]], network.layouts[found[1]], len(bare))
         if slot is None:
             unmapped.append(name)
         else:
@@ -102,10 +95,12 @@ def match(label: str, network: Network, tensors: Iterable[str]) -> Matched:
     return Matched(label, network, found[1], dict(slots), tuple(unmapped), max(resnets, 1))
 
 
-def _slot(name: str, rules: Iterable[Rule]) -> tuple[str, int] | None:
+def _slot(name: str, rules: Iterable[Rule], tensors: int) -> tuple[str, int] | None:
+    """Return a tensor's place; None where no rule applies or its block's number exceeds those of the file's tensors."""
     for rule in rules:
         if (values := rule.find(name)) is not None:
-            return rule.target.format(**values), int(values.get("layer", 0))
+            layer = int(values.get("layer", 0))
+            return (rule.target.format(**values), layer) if max(layer, int(values.get("i", 0))) < tensors else None
     return None
 
 

@@ -9,7 +9,9 @@ import functools
 import re
 from collections.abc import Iterable, Mapping
 
-_PLACEHOLDERS = {"{layer}": r"(?P<layer>0|[1-9]\d*)", "{i}": r"(?P<i>0|[1-9]\d*)", "{p}": r"(?P<p>[qkvo])"}
+_NUMBER = r"0|[1-9][0-9]{0,4}"
+"""Of a layer or block; names with larger numbers are unknown ones, before anything is sized by them."""
+_PLACEHOLDERS = {"{layer}": f"(?P<layer>{_NUMBER})", "{i}": f"(?P<i>{_NUMBER})", "{p}": "(?P<p>[qkvo])"}
 
 SAME = "c -> c"
 LINEAR = "o i -> i o"
@@ -239,7 +241,7 @@ def bare_name(name: str) -> str:
     return name.removeprefix("model.")
 
 
-_UP_BLOCK = re.compile(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.(.*)")
+_UP_BLOCK = re.compile(rf"decoder\.up_blocks\.({_NUMBER})\.(resnets|upsamplers)\.({_NUMBER})\.(.*)")
 
 
 def flat_up_blocks(names: Iterable[str]) -> dict[str, str]:

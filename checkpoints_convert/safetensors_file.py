@@ -7,13 +7,14 @@ with type, shape and place of each tensor, then the values.
 import json
 import math
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from checkpoints_convert.tensors import DTYPES, StoredTensor, contiguous
+from checkpoints_convert.tensors import DTYPES, StoredTensor, contiguous, possible
 from rfjax.errors import UserError
 
 _CODES = {
@@ -29,6 +30,7 @@ _CODES = {
     "BOOL": "bool",
 }
 _MAX_HEADER = 100_000_000
+_LISTED = 20
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
@@ -50,7 +52,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except UserError:
         raise
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no safetensors file: {error}") from None
     if not isinstance(header, dict):
         raise UserError(f"{path} is no safetensors file: its header is no mapping")
@@ -61,16 +63,15 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        names = [name for name, _ in pairs]
-        doubled = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"doubled names in its header: {', '.join(doubled)}")
+        doubled = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+        raise ValueError(f"{len(doubled)} doubled names in its header: {', '.join(doubled[:_LISTED])}")
     return values
 
 
 def _tensor(path: Path, name: str, entry: Any, data: int, size: int) -> StoredTensor:
     try:
         code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+        if type(code) is not str or not possible(shape, (begin, end)):
             raise ValueError
     except (TypeError, KeyError, ValueError):
         raise UserError(f"{path} is no safetensors file: its header's entry for {name} is damaged") from None

@@ -11,6 +11,7 @@ from checkpoints_convert.tensors import StoredTensor
 from checkpoints_convert.torch_zip import read_torch
 from rfjax.config import read_mapping
 from rfjax.errors import UserError, nearest
+from rfjax.io.paths import kind_of, list_folder
 
 # In order of preference; the last one of each network is a diffusers or transformers folder.
 _FILES = {
@@ -71,21 +72,22 @@ def find_tokenizer(path: Path) -> Path:
         UserError: there is none.
     """
     for folder in (path, path / "tokenizer", path / "google" / "umt5-xxl"):
-        if (folder / "tokenizer.json").is_file():
+        if kind_of(folder / "tokenizer.json", "the tokenizer") == "file":
             return folder
     raise UserError(f"{path} holds no tokenizer.json; --tokenizer needs the folder google/umt5-xxl or tokenizer")
 
 
 def _find_file(path: Path, network: str) -> Path:
-    if path.is_file():
+    kind = kind_of(path, "the checkpoint")
+    if kind == "file":
         return path
-    if not path.is_dir():
+    if kind == "missing":
         raise UserError(f"{path} does not exist; --{network.replace('_', '-')} needs a checkpoint file or its folder")
-    folder = path / network if (path / network).is_dir() else path
+    folder = path / network if kind_of(path / network, "the folder") == "folder" else path
     for name in _FILES[network]:
-        if (folder / name).is_file():
+        if kind_of(folder / name, "the checkpoint") == "file":
             return folder / name
-    files = sorted(file for file in folder.iterdir() if file.name.endswith(_SUFFIXES))
+    files = [file for file in list_folder(folder, "the folder") if file.name.endswith(_SUFFIXES)]
     indices = [file for file in files if file.name.endswith(_INDEX)]
     if len(indices or files) == 1:
         return (indices or files)[0]
@@ -104,7 +106,7 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
             raise ValueError("a shard outside its folder")
     except OSError as error:
         raise UserError(f"cannot read {index}: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index} is no index of safetensors shards: {error}") from None
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
@@ -156,5 +158,5 @@ def _tensors(value: Any) -> dict[str, StoredTensor]:
 
 def _settings(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    values = read_mapping(path) if path.is_file() else {}
+    values = read_mapping(path) if kind_of(path, "the settings") == "file" else {}
     return values if values.get("_class_name") in _CLASSES else {}

@@ -1,6 +1,7 @@
 """Where a tensor lies in a file, without its values."""
 
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,10 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "bool": np.dtype(np.bool_),
 }
 """Types that a checkpoint may hold; of these, parameters may have the first three."""
+
+
+_MAX_AXES = 32
+_MAX_NUMBER = 2**63
 
 
 class StoredTensor(NamedTuple):
@@ -47,6 +52,11 @@ class StoredTensor(NamedTuple):
         values = np.memmap(self.path, dtype=dtype, mode="r", offset=self.offset, shape=(extent,))
         strides = tuple(stride * dtype.itemsize for stride in self.strides)
         return np.lib.stride_tricks.as_strided(values, self.shape, strides, writeable=False)
+
+
+def possible(shape: Sequence[Any], numbers: Iterable[Any]) -> bool:
+    """Tell whether a file's shape has few enough axes and, like the other numbers, only sizes that a disk can have."""
+    return len(shape) <= _MAX_AXES and all(type(n) is int and 0 <= n < _MAX_NUMBER for n in (*shape, *numbers))
 
 
 def span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:

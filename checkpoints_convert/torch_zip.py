@@ -6,17 +6,18 @@ with the structure and `data/<key>` with the bytes of each storage.
 
 import io
 import pickle
+import pickletools
 import struct
 import zipfile
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from checkpoints_convert.tensors import DTYPES, StoredTensor, contiguous, span
+from checkpoints_convert.tensors import DTYPES, StoredTensor, contiguous, possible, span
 from rfjax.errors import UserError
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _BYTES = "bytes"
+_NUMBERING = ("PUT", "BINPUT", "LONG_BINPUT")
 
 
 class _Storage(NamedTuple):
@@ -30,8 +31,31 @@ class _Storage(NamedTuple):
     """A key of `DTYPES`, or `bytes` where each tensor says its own type."""
 
 
-# The three classes below are all that a pickle can call besides OrderedDict and tuple. Without attributes to set they
-# cannot be bent by a pickle's BUILD instruction either.
+# The classes below are all that a pickle can call. Without attributes to set they cannot be bent by a pickle's BUILD
+# instruction either; and none copies its arguments, or a short pickle could ask for any number of copies.
+class _Mapping(dict):
+    """`collections.OrderedDict`, which PyTorch pickles as an empty one, then its items and attributes."""
+
+    __slots__ = ()
+
+    def __init__(self):
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        """Drop the attributes: `_metadata` of a state dict is of no use here."""
+
+
+class _Size:
+    """`torch.Size`."""
+
+    __slots__ = ()
+
+    def __call__(self, sizes) -> tuple[Any, ...]:
+        if not isinstance(sizes, tuple):
+            raise TypeError("a size that is no tuple")
+        return sizes
+
+
 class _RebuildTensor:
     """`torch._utils._rebuild_tensor_v2`."""
 
@@ -64,14 +88,15 @@ class _RebuildParameter:
 def _tensor(storage: _Storage, dtype: str, offset: int, shape: Any, strides: Any) -> StoredTensor:
     if not isinstance(storage, _Storage):
         raise TypeError("a tensor without a storage")
-    numbers = (offset, *shape, *strides)
-    if any(type(number) is not int or number < 0 for number in numbers) or len(shape) != len(strides):
+    if not isinstance(shape, tuple) or not isinstance(strides, tuple) or len(shape) != len(strides):
+        raise TypeError("a tensor whose shape and strides do not go together")
+    if not possible(shape, (offset, *strides)):
         raise ValueError("a tensor with an impossible shape")
     itemsize = DTYPES[dtype].itemsize
-    if (offset + span(tuple(shape), tuple(strides))) * itemsize > storage.size:
+    if (offset + span(shape, strides)) * itemsize > storage.size:
         raise ValueError("a tensor that reaches beyond its storage")
-    strides = tuple(strides) if 0 not in shape else contiguous(tuple(shape))
-    return StoredTensor(storage.path, storage.offset + offset * itemsize, dtype, tuple(shape), strides)
+    strides = strides if 0 not in shape else contiguous(shape)
+    return StoredTensor(storage.path, storage.offset + offset * itemsize, dtype, shape, strides)
 
 
 _STORAGES = {
@@ -88,8 +113,8 @@ _STORAGES = {
 }
 
 _ALLOWED: dict[str, Any] = {
-    "collections.OrderedDict": OrderedDict,
-    "torch.Size": tuple,
+    "collections.OrderedDict": _Mapping,
+    "torch.Size": _Size(),
     "torch._utils._rebuild_tensor_v2": _RebuildTensor(),
     "torch._utils._rebuild_tensor_v3": _RebuildTypedTensor(),
     "torch._utils._rebuild_parameter": _RebuildParameter(),
@@ -127,7 +152,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_torch(path: Path) -> Any:
-    """Read what a `.pt` or `.pth` file holds, with a `StoredTensor` for each tensor and plain dicts for its mappings.
+    """Read what a `.pt` or `.pth` file holds, with a `StoredTensor` for each tensor and dicts for its mappings.
 
     Raises:
         UserError: the file is no whole PyTorch zip checkpoint, or its pickle asks for anything but tensors and
@@ -138,8 +163,9 @@ def read_torch(path: Path) -> Any:
         if "byteorder" in entries and _bytes(path, entries["byteorder"]) != b"little":
             raise UserError(f"{path} was saved on a big-endian machine; save it again on a little-endian one")
         storages = {name.removeprefix("data/"): place for name, place in entries.items() if name.startswith("data/")}
-        pickled = io.BytesIO(_bytes(path, entries["data.pkl"]))
-        return _plain(_Unpickler(pickled, path, storages).load())
+        pickled = _bytes(path, entries["data.pkl"])
+        _check_numbers(pickled)
+        return _Unpickler(io.BytesIO(pickled), path, storages).load()
     except UserError:
         raise
     except OSError as error:
@@ -179,11 +205,15 @@ def _bytes(path: Path, place: tuple[int, int]) -> bytes:
         return file.read(place[1])
 
 
-def _plain(value: Any) -> Any:
-    """Turn the pickle's mappings into plain dicts; attributes that a pickle may have put on them are not used."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in dict.items(value)}
-    return value
+def _check_numbers(pickled: bytes) -> None:
+    """Make sure that no instruction asks for more memory than the pickle is long.
+
+    `pickletools` itself refuses text and bytes that reach beyond the end. That leaves the memo, an array that the
+    unpickler makes as long as the largest number in it.
+    """
+    for instruction, number, _ in pickletools.genops(pickled):
+        if instruction.name in _NUMBERING and isinstance(number, int) and number > len(pickled):
+            raise ValueError(f"its pickle numbers an object {number} but is {len(pickled)} bytes long")
 
 
 def _what_it_is(path: Path) -> str:

@@ -13,7 +13,7 @@ from rfjax.errors import UserError
 
 def temporary_name(path: Path) -> Path:
     """Return a hidden, unused name in the folder of `path`, short enough for any file system."""
-    return path.with_name(f".rfjax-{secrets.token_hex(6)}.part")
+    return path.absolute().parent / f".rfjax-{secrets.token_hex(6)}.part"
 
 
 @contextlib.contextmanager
@@ -31,7 +31,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is gone, or its folder never was one
+            temporary.unlink()
 
 
 def write_json(path: str | Path, value: Any) -> None:

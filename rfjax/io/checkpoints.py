@@ -25,6 +25,7 @@ from flax import nnx
 from rfjax.config import ModelConfig, load_model_config
 from rfjax.errors import UserError, nearest
 from rfjax.io.atomic import temporary_name, write_json
+from rfjax.io.paths import existing_above, kind_of, list_folder
 from rfjax.models.functional import Params, abstract_params
 from rfjax.models.model import Model
 from rfjax.models.text_encoder import UMT5Encoder
@@ -113,21 +114,31 @@ def check_dtype(name: str) -> np.dtype[Any]:
     return jnp.dtype(name)
 
 
-def check_output(path: Path) -> None:
+def check_output(path: Path) -> Path:
     """Make sure that a new folder can be created at `path`, without creating it.
 
+    Returns:
+        The folder to create: `path`, absolute, with its links followed.
+
     Raises:
-        UserError: something is there already, or the folder above cannot be written to.
+        UserError: something is there already, it cannot be replaced, or the folder above cannot be written to.
     """
-    if path.is_dir() and any(path.iterdir()):
-        raise UserError(f"{path} already holds files; the output must be a new or empty folder")
-    if path.exists() and not path.is_dir():
+    kind = kind_of(path, "the output")
+    if kind == "file":
         raise UserError(f"{path} is a file; the output must be a new or empty folder")
-    above = next((folder for folder in path.absolute().parents if folder.exists()), Path("/"))
-    if not above.is_dir():
+    if kind == "folder" and list_folder(path, "the output"):
+        raise UserError(f"{path} already holds files; the output must be a new or empty folder")
+    target = Path(os.path.realpath(path))
+    if target == Path.cwd():
+        raise UserError(f"{path} is the current folder, which cannot be replaced; name a new folder in it")
+    if os.path.ismount(target):
+        raise UserError(f"{path} is a mount point, which cannot be replaced; name a new folder in it")
+    above = existing_above(target)
+    if kind_of(above, "the folder") == "file":
         raise UserError(f"cannot write {path}: {above} is a file")
     if not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"cannot write {path}: no permission to write in {above}")
+    return target
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
@@ -136,13 +147,13 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         UserError: see `check_output`; or the disk is full or fails.
     """
-    check_output(path)
-    temporary = temporary_name(path)
-    created = [folder for folder in path.absolute().parents if not folder.exists()]
+    target = check_output(path)
+    temporary = temporary_name(target)
+    created = [folder for folder in target.parents if kind_of(folder, "the folder") == "missing"]
     try:
         temporary.mkdir(parents=True)
         write(temporary)
-        temporary.replace(path)
+        temporary.replace(target)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     except ValueError as error:  # how tensorstore says that the disk is full
@@ -229,7 +240,9 @@ def load(path: str | Path, dtype: str = "float32") -> Model:
     return Model(
         config,
         **trees,
-        tokenizer=Tokenizer.load(tokenizer, config.transformer.text_len) if tokenizer.is_dir() else None,
+        tokenizer=Tokenizer.load(tokenizer, config.transformer.text_len)
+        if kind_of(tokenizer, "the folder") == "folder"
+        else None,
         dtype=kind,
     )
 
@@ -240,9 +253,12 @@ def load_checkpoint_config(folder: Path) -> ModelConfig:
     Raises:
         UserError: the folder or its `config.json` is missing or damaged.
     """
-    if not folder.is_dir():
+    kind = kind_of(folder, "the checkpoint folder")
+    if kind == "missing":
         raise UserError(f"the checkpoint folder {folder} does not exist")
-    if not (folder / CONFIG).is_file():
+    if kind == "file":
+        raise UserError(f"the checkpoint {folder} is a file; a folder that `rfjax convert` wrote is needed")
+    if kind_of(folder / CONFIG, "the configuration") != "file":
         raise UserError(f"{folder} has no {CONFIG}; a folder that `rfjax convert` wrote is needed")
     return load_model_config(folder / CONFIG)
 
@@ -286,7 +302,7 @@ def _restore(folder: Path, expected: Params, dtype: np.dtype[Any]) -> Params:
 
 def _open_all(folder: Path, expected: Params) -> dict[str, tensorstore.TensorStore]:
     """Open every parameter of a network's folder after comparing it with what its configuration asks for."""
-    if not folder.is_dir():
+    if kind_of(folder, "the folder") != "folder":
         raise UserError(f"{folder} is missing, but {folder.parent / CONFIG} has this network")
     wanted = {_path(keys): leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(expected)}
     with _readable(folder):

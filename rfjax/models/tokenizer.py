@@ -53,10 +53,14 @@ class Tokenizer:
             UserError: the file is missing, is not a tokenizer, or has no `</s>` or `<pad>`.
         """
         path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise UserError(f"{path} does not exist; a tokenizer folder needs the checkpoint's tokenizer.json")
         try:
             vocabulary = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(
+                f"{path} does not exist; a tokenizer folder needs the checkpoint's tokenizer.json"
+            ) from None
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
         except Exception as error:  # the library raises nothing more specific
             reason = " ".join(str(error).split())
             raise UserError(f"{path} is not a tokenizer.json of the tokenizers library: {reason}") from None

@@ -13,8 +13,7 @@ import yaml
 from checkpoint_files import GOLDEN, Pickled, save_safetensors, save_shards, save_torch
 from test_convert import golden_tensors, umt5_of_transformers
 
-from checkpoints_convert.cli import main
-from rfjax.cli import main as rfjax_main
+from rfjax.cli import main
 from rfjax.io.checkpoints import load
 
 CONFIG = str(GOLDEN / "config.json")
@@ -29,9 +28,9 @@ def refuse(tmp_path, capsys):
         output = output or tmp_path / "out" / "model"
         before = sorted(tmp_path.rglob("*"))
         options = ["--config", str(config)] if config else []
-        assert main([*map(str, arguments), *options, "--output", str(output)]) == 2
+        assert main(["convert", *map(str, arguments), *options, "--output", str(output)]) == 2
         captured = capsys.readouterr()
-        assert captured.err.startswith("checkpoints_convert: error: ")
+        assert captured.err.startswith("rfjax: error: ")
         assert captured.err.count("\n") == 1
         assert captured.out == ""
         assert sorted(tmp_path.rglob("*")) == before
@@ -110,10 +109,36 @@ def test_outputs_that_cannot_be_written(refuse, tmp_path):
     assert "is a file" in refuse("--transformer", WAN, output=tmp_path / "full" / "mine.txt" / "model")
 
 
+def test_paths_that_cannot_be_looked_at(refuse, tmp_path):
+    long = tmp_path / ("a" * 300)
+    for path in (long, long / "model"):
+        assert "File name too long" in refuse("--transformer", WAN, output=path)
+        assert "File name too long" in refuse("--transformer", path)
+        assert "File name too long" in refuse("--transformer", WAN, "--tokenizer", path)
+        assert "File name too long" in refuse("--to-torch", path, config=None)
+
+
+def test_the_current_folder_as_output(refuse, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert ". is the current folder" in refuse("--transformer", WAN, output=".")
+
+
+def test_an_output_that_is_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    for link, target in (("full", "real"), ("dangling", "new")):
+        (tmp_path / link).symlink_to(tmp_path / target)
+        assert main(["convert", "--transformer", WAN, "--config", CONFIG, "--output", str(tmp_path / link)]) == 0
+        assert (tmp_path / link).is_symlink()
+        assert (tmp_path / target / "config.json").is_file()
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_output_without_permission(refuse, tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
     assert "no permission" in refuse("--transformer", WAN, output=tmp_path / "closed" / "model")
+    (tmp_path / "hidden").mkdir(mode=0o000)
+    assert "Permission denied" in refuse("--transformer", WAN, output=tmp_path / "hidden" / "model")
+    assert "Permission denied" in refuse("--transformer", tmp_path / "hidden" / "model.pt")
 
 
 def test_no_space_left(refuse, monkeypatch):
@@ -126,7 +151,8 @@ def test_a_failing_disk_leaves_nothing(tmp_path, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("rfjax.io.checkpoints.write_json", fail)
-    assert main(["--transformer", WAN, "--config", CONFIG, "--output", str(tmp_path / "new" / "out")]) == 2
+    command = ["convert", "--transformer", WAN, "--config", CONFIG, "--output", str(tmp_path / "new" / "out")]
+    assert main(command) == 2
     assert capsys.readouterr().err.endswith("No space left on device\n")
     assert list(tmp_path.iterdir()) == []
 
@@ -197,9 +223,24 @@ def test_a_missing_layer(refuse, tmp_path):
     assert "27 missing (blocks.1." in refuse("--transformer", changed(tmp_path, change))
 
 
-def test_a_layer_of_absurd_number(refuse, tmp_path):
-    path = changed(tmp_path, lambda t: t.update({"blocks.999999999.modulation": t["blocks.0.modulation"]}))
-    assert "numbers its layers up to 999999999" in refuse("--transformer", path)
+@pytest.mark.parametrize("number", ["1000", "99999", "999999999", "9" * 5000])
+def test_blocks_of_absurd_numbers(refuse, tmp_path, number):
+    path = changed(tmp_path, lambda t: t.update({f"blocks.{number}.modulation": t["blocks.0.modulation"]}))
+    assert f"1 unexpected (blocks.{number}.modulation" in refuse("--transformer", path)
+    tensors = golden_tensors("wan_vae_tiny.pth")
+    tensors[f"encoder.downsamples.{number}.residual.2.bias"] = tensors["conv1.bias"]
+    path = save_torch(tmp_path / "vae.pth", tensors)
+    assert "1 unexpected (encoder.downsamples." in refuse("--transformer", WAN, "--vae", path)
+
+
+@pytest.mark.parametrize("samplers", [[0], range(40, 80)])
+def test_levels_that_the_tensors_cannot_fill(refuse, tmp_path, samplers):
+    tensors = golden_tensors("wan_vae_tiny.pth")
+    for name in [name for name in tensors if name.startswith("encoder.") and ".resample." in name]:
+        del tensors[name]
+    tensors |= {f"encoder.downsamples.{i}.resample.1.bias": tensors["conv1.bias"] for i in samplers}
+    path = save_torch(tmp_path / "vae.pth", tensors)
+    assert "residual blocks by its names, which its" in refuse("--transformer", WAN, "--vae", path)
 
 
 def test_a_vae_without_one_tensor(refuse, tmp_path):
@@ -229,6 +270,8 @@ def test_damaged_shards(refuse, tmp_path):
     assert "1 tensors that its shards lack: ghost" in refuse("--transformer", folder)
     index.write_text(json.dumps({"weight_map": {**places["weight_map"], first: "../outside.safetensors"}}))
     assert "outside its folder" in refuse("--transformer", folder)
+    index.write_text("[" * 100_000)
+    assert "is no index" in refuse("--transformer", folder)
     index.write_text(json.dumps({"weight_map": {n: s for n, s in places["weight_map"].items() if n != first}}))
     assert f"holds {first}, which" in refuse("--transformer", folder)
     index.write_text(json.dumps(places))
@@ -260,7 +303,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch, capsys)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("rfjax.io.checkpoints.write_json", interrupt)
-    assert main(["--transformer", WAN, "--config", CONFIG, "--output", str(tmp_path / "out")]) == 130
+    assert main(["convert", "--transformer", WAN, "--config", CONFIG, "--output", str(tmp_path / "out")]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -278,16 +321,9 @@ def test_a_killed_conversion_leaves_no_checkpoint(tmp_path):
 
 def test_the_command_as_a_user_runs_it(tmp_path):
     command = [sys.executable, "-m", "checkpoints_convert", "--transformer", WAN, "--output", str(tmp_path / "out")]
-    failed = subprocess.run(command, capture_output=True, text=True)
-    assert (failed.returncode, failed.stdout, failed.stderr.count("\n")) == (2, "", 1)
+    failed = subprocess.run([*command, "--dtyp", "float32"], capture_output=True, text=True)
+    message = "rfjax: error: unknown argument '--dtyp'; did you mean '--dtype'?\n"
+    assert (failed.returncode, failed.stdout, failed.stderr) == (2, "", message)
     done = subprocess.run([*command, "--config", CONFIG], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1] == f"wrote {tmp_path / 'out'}"
-
-
-def test_the_same_command_within_rfjax(tmp_path, capsys):
-    command = ["convert", "--transformer", WAN, "--config", CONFIG, "--output", str(tmp_path / "out")]
-    assert rfjax_main([*command, "--dtype", "int8"]) == 2
-    assert "dtype is 'int8'" in capsys.readouterr().err
-    assert rfjax_main(command) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"wrote {tmp_path / 'out'}"

@@ -68,6 +68,13 @@ def test_wrappers_of_sharded_training_are_dropped():
     assert bare_name("_orig_mod.model.head.modulation") == "head.modulation"
 
 
+@pytest.mark.parametrize("number", ["999999", "9" * 5000])
+def test_absurd_numbers_are_unknown_names(number):
+    names = ("decoder.up_blocks.0.resnets.NUMBER.conv1.bias", "decoder.up_blocks.NUMBER.upsamplers.0.resample.1.bias")
+    added = tuple(name.replace("NUMBER", number) for name in names)
+    assert match("", NETWORKS["vae"], [*published("diffusers_wan2.1_vae"), *added]).unmapped == added
+
+
 def test_counting_up_blocks_can_be_undone():
     names = [name for name in published("diffusers_wan2.1_vae") if "up_blocks" in name]
     flat = flat_up_blocks(names)

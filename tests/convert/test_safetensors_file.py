@@ -51,6 +51,10 @@ def _entry(**changes):
         (json.dumps({"a": _entry(shape=[-2])}), "entry for a is damaged"),
         (json.dumps({"a": _entry(shape=[3])}), "do not make its shape"),
         (json.dumps({"a": _entry(dtype="F8_E4M3", data_offsets=[0, 2])}), "a as F8_E4M3"),
+        ("[" * 100_000, "no safetensors file"),
+        (json.dumps({"a": _entry(dtype=[])}), "entry for a is damaged"),
+        (json.dumps({"a": _entry(shape=[1] * 200_000, data_offsets=[0, 4])}), "entry for a is damaged"),
+        (json.dumps({"a": _entry(data_offsets=[0, 10**4000])}), "entry for a is damaged"),
         (f'{{"a": {json.dumps(_entry())}, "a": {json.dumps(_entry())}}}', "doubled names"),
     ],
 )
@@ -58,4 +62,13 @@ def test_a_wrong_header_is_named(tmp_path, header, message):
     path = tmp_path / "a.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(8))
     with pytest.raises(UserError, match=message):
+        read_safetensors(path)
+
+
+def test_many_doubled_names_are_counted_and_a_few_listed(tmp_path):
+    entry = json.dumps(_entry())
+    header = "{" + ", ".join(f'"{i // 2}": {entry}' for i in range(40_000)) + "}"
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(8))
+    with pytest.raises(UserError, match=r"20000 doubled names in its header: 0, 1, [0-9, ]{60,70}$"):
         read_safetensors(path)

@@ -1,6 +1,8 @@
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -69,8 +71,8 @@ class _Runs:
 
 ATTACKS = {
     "os.system": pickle.dumps(_Runs(os.system, "touch ran"), 2)[2:-1],
-    "builtins.eval": b"cbuiltins\neval\n(X\x0d\x00\x00\x00open('ran','w')tR",
-    "python 2 name": b"c__builtin__\neval\n(X\x0d\x00\x00\x00open('ran','w')tR",
+    "builtins.eval": b"cbuiltins\neval\n(X\x0e\x00\x00\x00open('ran','w')tR",
+    "python 2 name": b"c__builtin__\neval\n(X\x0e\x00\x00\x00open('ran','w')tR",
     "getattr": b"cbuiltins\ngetattr\n(ccollections\nOrderedDict\nX\x0b\x00\x00\x00__globals__tR",
     "inst": b"(X\x09\x00\x00\x00touch ranios\nsystem\n",
     "stack global": b"\x8c\x05posix\x8c\x06system\x93\x8c\x09touch ran\x85R",
@@ -172,3 +174,45 @@ def test_an_entry_that_lies_about_its_place_is_refused(tmp_path):
     path.write_bytes(data)
     with pytest.raises(UserError):
         read_torch(path)
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from checkpoints_convert.torch_zip import read_torch
+from rfjax.errors import UserError
+
+used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, used + 2**27))
+for name in sys.argv[1:]:
+    try:
+        read_torch(Path(name))
+        print("read")
+    except UserError as error:
+        print(error)
+"""
+
+
+SIZE, MAPPING = b"ctorch\nSize\nq\x01", b"ccollections\nOrderedDict\nq\x01"
+LIST = b"](" + b"N" * 100_000 + b"eq\x00"
+DICT = b"}(" + b"".join(b"X\x05\x00\x00\x00%05dN" % i for i in range(10_000)) + b"uq\x00"
+BOMBS = {
+    "shared levels": b"}q\x00"
+    + b"".join(b"}q%c(K\x00h%cK\x01h%cu" % (level, level - 1, level - 1) for level in range(1, 40)),
+    "memo": b"Nr" + struct.pack("<I", 2**27),
+    "largest memo": b"Nr" + struct.pack("<I", 2**32 - 1),
+    "memo in text": b"Np%d\n" % 2**27,
+    "copied sizes": LIST + SIZE + b"(" + b"h\x01h\x00\x85R" * 1000 + b"l",
+    "copied mappings": DICT + MAPPING + b"(" + b"h\x01h\x00\x85R" * 1000 + b"l",
+    "copied attributes": DICT + MAPPING + b"(" + b"h\x01)Rh\x00b" * 1000 + b"l",
+}
+
+
+def test_short_pickles_cannot_fill_the_memory(tmp_path):
+    paths = [save_torch(tmp_path / f"{name}.pt", Pickled(code)) for name, code in BOMBS.items()]
+    command = [sys.executable, "-c", LIMITED, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    answers = dict(zip(BOMBS, done.stdout.splitlines(), strict=True))
+    assert [name for name, answer in answers.items() if "MemoryError" in answer] == []
+    assert all("numbers an object" in answers[name] for name in ("memo", "largest memo", "memo in text"))
+    assert [name for name, answer in answers.items() if answer == "read"] == ["shared levels", "copied attributes"]

@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from rfjax.config import ModelConfig, TransformerConfig, VAEConfig
 from rfjax.errors import UserError
+from rfjax.io.atomic import write_json
 from rfjax.io.checkpoints import LazyArray, load, parameter_trees, read_leaf, save, write_folder
 
 CONFIG = ModelConfig(
@@ -98,6 +100,10 @@ def test_unknown_dtype(saved):
 def test_missing_folders(saved, tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"config\.json is a file; a folder"):
+        load(saved[0] / "config.json")
+    with pytest.raises(UserError, match="File name too long"):
+        load(tmp_path / ("a" * 300))
     with pytest.raises(UserError, match=r"has no config\.json"):
         load(tmp_path)
     folder = shutil.copytree(saved[0], tmp_path / "model")
@@ -181,6 +187,39 @@ def test_outputs_that_hold_something(tmp_path):
     write_folder(tmp_path / "empty", lambda folder: (folder / "a").touch())
     with pytest.raises(UserError, match="already holds files"):
         write_folder(tmp_path / "empty", lambda _: None)
+
+
+def test_outputs_that_are_links(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    write_folder(tmp_path / "link", lambda folder: (folder / "a").touch())
+    assert [path.name for path in (tmp_path / "empty").iterdir()] == ["a"]
+    assert (tmp_path / "link").is_symlink()
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match="Too many levels of symbolic links"):
+        write_folder(tmp_path / "loop", lambda _: None)
+
+
+def test_outputs_that_cannot_be_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"\. is the current folder"):
+        write_folder(Path("."), lambda _: None)
+    write_folder(Path("new/../other"), lambda folder: (folder / "a").touch())
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+    with pytest.raises(UserError, match="File name too long"):
+        write_folder(Path("new") / ("a" * 300) / "model", lambda _: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "volume")
+    with pytest.raises(UserError, match="is a mount point"):
+        write_folder(tmp_path / "volume", lambda _: None)
+
+
+def test_files_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "a.json", tmp_path / ("a" * 300) / "a.json", tmp_path, Path("/")):
+        with pytest.raises(UserError, match="cannot write"):
+            write_json(path, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("RESOURCE_EXHAUSTED: disk")])
