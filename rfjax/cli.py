@@ -1,6 +1,7 @@
 """The command line: `rfjax generate | convert | benchmark`.
 
-A mistake of the user is one line on standard error and exit code 2; an interruption is one line and exit code 130.
+A mistake of the user is one line on standard error and exit code 2; an interruption is one line and exit code 130, or
+143 for SIGTERM.
 JAX is imported only when a command runs, so that help is quick.
 """
 
@@ -9,10 +10,11 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
+from rfjax.commands.interruptions import Terminated, termination_raises
 from rfjax.errors import UserError, nearest
+from rfjax.version import rfjax_version
 
 COMMANDS = {
     "generate": ("rfjax.commands.generate", "make videos from prompts"),
@@ -25,14 +27,6 @@ COMMANDS = {
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
-
-
-def rfjax_version() -> str:
-    """Return the installed version of rfjax."""
-    try:
-        return version("rfjax")
-    except PackageNotFoundError:
-        return "unknown (not installed)"
 
 
 def _parser(chosen: str | None) -> tuple[_Parser, _Parser]:
@@ -65,11 +59,21 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError(f"no command given; there are: {', '.join(COMMANDS)} (see rfjax --help)")
     if not first.startswith("-") and first not in COMMANDS:
         raise UserError(f"unknown command {first!r}{nearest(first, COMMANDS)}; there are: {', '.join(COMMANDS)}")
+    flags = [flag for action in command._actions for flag in action.option_strings]
+    # Before argparse, which would rather speak of a required flag that is missing because it was misspelt.
+    _refuse([word for word in argv if word[:2] == "--" and " " not in word and _name(word) not in flags], flags)
     args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = [flag for action in command._actions for flag in action.option_strings]
-        raise UserError(f"unknown argument {unknown[0]!r}{nearest(unknown[0].split('=')[0], flags)}")
+    _refuse(unknown, flags)
     return args
+
+
+def _name(flag: str) -> str:
+    return flag.partition("=")[0]
+
+
+def _refuse(unknown: Sequence[str], flags: Sequence[str]) -> None:
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]!r}{nearest(_name(unknown[0]), flags)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,14 +90,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> int:
     try:
         args = _parse(argv)
-        args.run(args)
+        with termination_raises():
+            args.run(args)
     except UserError as error:
         message = " ".join(str(error).splitlines())
         print(f"rfjax: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
-        print(f"rfjax: interrupted{interruption}", file=sys.stderr)
-        return 130
+        terminated = isinstance(interruption, Terminated)
+        print(f"rfjax: {'terminated' if terminated else 'interrupted'}{interruption}", file=sys.stderr)
+        return 143 if terminated else 130
     return 0
 
 

@@ -12,18 +12,21 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
 
 from rfjax import cli
 from rfjax.commands import generation
+from rfjax.commands.plan import make_plan
 from rfjax.config import load_model_config
+from rfjax.errors import UserError
 from rfjax.io.checkpoints import load, parameter_trees, save
-from rfjax.io.video import read_video
+from rfjax.io.video import VideoWriter, read_video
 from rfjax.memory import create
 from rfjax.sampling.codec import encode_prompt
-from rfjax.sampling.pipeline import sample_keys
+from rfjax.sampling.pipeline import keys_from_seed
 from rfjax.sampling.rollout import rollout
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -101,6 +104,7 @@ def test_one_prompt_gives_video_metadata_and_timeline(generate):
     assert (record["prompt"], record["sample"], record["timeline"]) == ("a cat", 0, "memory_timeline.png")
     assert record["settings"]["policy"]["history_candidates"] == 4
     assert record["settings"]["seed"] == 7
+    assert record["model"]["path"].endswith("tiny")
     assert record["versions"].keys() == {"rfjax", "jax", "flax", "python"}
     assert len(record["timings"]["chunk_seconds"]) == 4
 
@@ -122,7 +126,7 @@ def test_selected_frames_and_pixels_are_those_of_the_rollout(generate, checkpoin
     assert generate("--prompt", "a dog", "--latent-frames", "12", "--seed", "3", "--num-samples", "2")[0] == 0
     model = load(checkpoint)
     embeds = encode_prompt(model, ["a dog"])
-    expected = rollout(model, create("relax_forcing"), embeds, (1, 12, 6, 8, 4), key=sample_keys(3, [1]))
+    expected = rollout(model, create("relax_forcing"), embeds, (1, 12, 6, 8, 4), key=keys_from_seed(3, [1]))
     selected = [frames[frames >= 0].tolist() for frames in np.asarray(expected.trace.selected_frames)[:, 0]]
     assert records("outputs")["a dog-1.mp4"]["selected_frames"] == selected
     assert [len(frames) for frames in selected] == [0, 0, 1, 1]
@@ -135,7 +139,7 @@ def test_prompt_file_is_flat_resumes_and_keeps_what_is_there(generate):
     assert code == 0
     assert out[-1] == "2 videos in outputs"
     videos = {"a cat-0.mp4", "a dog-0.mp4"}
-    assert names("outputs") == videos | {"metadata.json", "a cat-0.timeline.png", "a dog-0.timeline.png"}
+    assert names("outputs") == videos | {"metadata.json", "memory_timeline.png", "a dog-0.timeline.png"}
     assert records("outputs").keys() == videos
 
     before = {path: path.stat().st_mtime_ns for path in Path("outputs").iterdir()}
@@ -151,6 +155,20 @@ def test_prompt_file_is_flat_resumes_and_keeps_what_is_there(generate):
     assert dog.read_bytes() == content
     assert Path("outputs/a cat-0.mp4").stat().st_mtime_ns == before[Path("outputs/a cat-0.mp4")]
     assert records("outputs").keys() == videos
+
+
+@pytest.mark.slow
+def test_moved_checkpoint_resumes_and_other_weights_do_not(generate, checkpoint):
+    shutil.copytree(checkpoint, "copy")
+    assert generate("--prompt", "a cat", "--checkpoint", "copy")[0] == 0
+    Path("copy").rename("moved")
+    code, out, _ = generate("--prompt", "a cat", "--checkpoint", "moved")
+    assert code == 0
+    assert "1 of 1 videos are in outputs already" in out[-1]
+    make_checkpoint(Path("copy"), head_scale=0.1)
+    code, _, err = generate("--prompt", "a cat", "--checkpoint", "copy")
+    assert code == 2
+    assert re.match(r"rfjax: error: outputs holds videos made with checkpoint sha256:\w+, this run has sha256:", err[0])
 
 
 @pytest.mark.slow
@@ -209,6 +227,9 @@ def test_seconds_are_rounded_up_and_said(generate):
 
 
 ERRORS = {
+    "long checkpoint": (["--checkpoint", "x" * 300], "cannot look at the checkpoint folder x+: File name too long"),
+    "long output": (["--output", "x" * 300], "cannot look at the output folder x+: File name too long"),
+    "long prompt file": (["--prompt-file", "x" * 300], "cannot read the prompt file x+: File name too long"),
     "missing checkpoint": (["--checkpoint", "nowhere"], "the checkpoint folder nowhere does not exist"),
     "checkpoint without config": (["--checkpoint", "empty"], "empty has no config.json"),
     "height": (["--height", "500"], "--height is 500; it must be a multiple of 16, such as 496 or 512"),
@@ -237,6 +258,11 @@ ERRORS = {
     "shortened flag": (["--overw"], "unknown argument '--overw'; did you mean '--overwrite'?"),
     "flag without value": (["--seed"], "argument --seed: expected one argument"),
     "empty prompt": (["--prompt", "  "], "--prompt is '  '; it needs at least one word"),
+    "prompt that cleaning empties": (["--prompt", "&nbsp;"], "--prompt is '&nbsp;'; it needs at least one word"),
+    "line that cleaning empties": (
+        ["--prompt-file", "blank.txt"],
+        "line 4 of the prompt file blank.txt is '&nbsp;'; it needs at least one word",
+    ),
     "prompt of bad bytes": (["--prompt", "caf\udce9"], "which is not valid UTF-8"),
     "two sources of prompts": (
         ["--prompt", "a", "--prompt-file", "b"],
@@ -248,6 +274,7 @@ ERRORS = {
     "policy": (["--policy", "relaxforcing"], "unknown policy 'relaxforcing'; did you mean 'relax_forcing'?"),
     "setting": (["--set", "history=2"], "relax_forcing has no setting 'history'; did you mean 'history_frames'"),
     "setting without value": (["--set", "history_frames"], "'history_frames' is not KEY=VALUE"),
+    "setting as YAML": (["--set", "positions=[true]"], "positions is '.true.'; it must be one of 'hybrid', 'true'"),
     "setting of wrong type": (["--set", "history_frames=many"], "history_frames is 'many'; it must be a whole number"),
     "contradiction": (["--set", "history_frames=5"], "history_candidates is 4; history_frames 5 need at least as many"),
     "small reservoir": (["--set", "reservoir_frames=5"], "reservoir_frames is 5"),
@@ -264,6 +291,7 @@ ERRORS = {
 def test_mistake_is_one_line_and_nothing_is_written(generate, flags, message):
     Path("empty").mkdir()
     Path("empty.txt").write_text("\n \n")
+    Path("blank.txt").write_text("a cat\n\na cat\n&nbsp;\n")
     Path("latin.txt").write_bytes("café".encode("latin-1"))
     Path("foreign").mkdir()
     Path("foreign/metadata.json").write_text("[]")
@@ -282,6 +310,7 @@ def test_mistake_is_one_line_and_nothing_is_written(generate, flags, message):
         ([], "no command given; there are: generate, convert, benchmark"),
         (["generat"], "unknown command 'generat'; did you mean 'generate'?"),
         (["--versoin"], "unknown argument '--versoin'; did you mean '--version'?"),
+        (["convert", "--transfomer", "x.pt"], "unknown argument '--transfomer'; did you mean '--transformer'?"),
     ],
 )
 def test_command_itself_may_be_wrong(capsys, argv, message):
@@ -306,7 +335,7 @@ def test_truncated_checkpoint_is_one_line_and_nothing_is_written(generate, check
     for path in Path("broken/transformer").rglob("*"):
         if path.is_file():
             os.truncate(path, path.stat().st_size // 2)
-    code, _, err = generate("--checkpoint", "broken")
+    code, _, err = generate("--checkpoint", "broken", "--prompt", "a cat")
     assert code == 2
     assert len(err) == 1
     assert "broken/transformer" in err[0]
@@ -321,6 +350,56 @@ def test_what_does_not_fit_is_refused_before_loading(generate, monkeypatch):
     assert out[0].startswith("CPU")
     assert re.search(r"this run needs about [\d.]+ GB of device memory \(weights .*\) and there are 0\.0 GB", err[0])
     assert not Path("outputs").exists()
+
+
+def test_prompts_and_tokenizer_are_checked_before_loading(generate, checkpoint, monkeypatch):
+    monkeypatch.setattr(generation, "load", lambda *_, **__: pytest.fail("weights were loaded"))
+    shutil.copytree(checkpoint, "copy")
+    Path("copy/tokenizer/tokenizer.json").write_text("{}")
+    code, _, err = generate("--checkpoint", "copy")
+    assert code == 2
+    assert re.match(r"rfjax: error: copy/tokenizer/tokenizer\.json is not a tokenizer\.json", err[0])
+    shutil.rmtree("copy/tokenizer")
+    assert generate("--checkpoint", "copy")[2] == [
+        "rfjax: error: --checkpoint copy has no tokenizer, which generate needs; convert it with one"
+    ]
+    assert not Path("outputs").exists()
+
+
+def test_what_is_there_already_needs_no_memory(generate, monkeypatch):
+    monkeypatch.setattr(generation, "device_limit", lambda device: 10**6)
+    Path("outputs").mkdir()
+    Path("outputs/a cat-0.mp4").touch()
+    assert generate("--prompt", "a cat")[0] == 0
+
+
+def test_running_out_of_memory_says_what_is_needed(generate, monkeypatch):
+    monkeypatch.setattr(generation, "load", lambda *_, **__: jnp.zeros(2**45, jnp.float32))
+    code, _, err = generate("--prompt", "a cat")
+    assert code == 2
+    assert re.match(r"rfjax: error: the device ran out of memory: this run needs about [\d.]+ GB", err[0])
+
+
+def test_settings_of_the_policy_are_read_by_their_types(checkpoint, monkeypatch):
+    seen = []
+    monkeypatch.setattr(generation, "generate", lambda args, prompts: seen.append(make_plan(args, prompts)))
+    flags = ["--set", "positions=true", "--set", "redundancy_weight=1e-3", "--set", "sink_frames=3"]
+    assert cli.main(["generate", "--checkpoint", str(checkpoint), *flags]) == 0
+    window = ["--policy", "self_forcing", "--set", "window_frames=none"]
+    assert cli.main(["generate", "--checkpoint", str(checkpoint), *window]) == 0
+    expected = create("relax_forcing", positions="true", redundancy_weight=1e-3, sink_frames=3)
+    assert [plan.policy for plan in seen] == [expected, create("self_forcing", window_frames=None)]
+
+
+@pytest.mark.slow
+def test_video_that_cannot_be_finished_has_no_timeline_and_no_record(generate, monkeypatch):
+    def fail(writer):
+        writer.abort()
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(VideoWriter, "close", fail)
+    assert generate("--prompt", "a cat")[0] == 2
+    assert names("outputs") == set()
 
 
 @pytest.mark.slow
@@ -350,7 +429,7 @@ def test_interruption_keeps_finished_videos_and_no_partial_file(generate, monkey
     code, _, err = generate("--prompt-file", "prompts.txt")
     assert code == 130
     assert err == ["rfjax: interrupted; 1 of 2 videos are complete in outputs"]
-    assert names("outputs") == {"a cat-0.mp4", "a cat-0.timeline.png", "metadata.json"}
+    assert names("outputs") == {"a cat-0.mp4", "memory_timeline.png", "metadata.json"}
     assert len(read_video("outputs/a cat-0.mp4")) == 21
 
 
@@ -358,7 +437,10 @@ def test_interruption_keeps_finished_videos_and_no_partial_file(generate, monkey
 
 
 @pytest.mark.slow
-def test_ctrl_c_exits_with_130_and_leaves_complete_videos(checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_interrupted_process_leaves_complete_videos(checkpoint, tmp_path, number, code, word):
     flags = ["--num-samples", "1000", "--latent-frames", "6", "--prompt", "a cat", "--output", str(tmp_path / "o")]
     command = [sys.executable, "-m", "rfjax.cli", "generate", "--checkpoint", str(checkpoint), *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -367,12 +449,12 @@ def test_ctrl_c_exits_with_130_and_leaves_complete_videos(checkpoint, tmp_path):
         while not (tmp_path / "o" / "metadata.json").exists() and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130, err
-    assert re.fullmatch(r"rfjax: interrupted; \d+ of 1000 videos are complete in .*\n", err)
+    assert process.returncode == code, err
+    assert re.fullmatch(rf"rfjax: {word}; \d+ of 1000 videos are complete in .*\n", err)
     assert not [name for name in names(tmp_path / "o") if name.startswith(".")]
     for video in (tmp_path / "o").glob("*.mp4"):
         assert len(read_video(video)) == 21

@@ -40,8 +40,14 @@ def test_decode_and_encode_match_pytorch(tiny_model):
     ("call", "message"),
     [
         (lambda m: rfjax.decode(m, np.zeros((1, 3, 4, 6, 16), np.float32)), "latents have 16 channels; .* takes 4"),
-        (lambda m: rfjax.encode(m, np.zeros((1, 12, 32, 48, 3), np.float32)), "the video has 12 frames; 1 [+] a mult"),
-        (lambda m: rfjax.encode(m, np.zeros((1, 13, 30, 48, 3), np.float32)), "height is 30; a multiple of 8"),
+        (
+            lambda m: rfjax.encode(m, np.zeros((1, 12, 32, 48, 3), np.float32)),
+            "the video has 12 frames; the autoencoder needs 1 plus",
+        ),
+        (
+            lambda m: rfjax.encode(m, np.zeros((1, 13, 30, 48, 3), np.float32)),
+            "the video is 30x48 pixels; the autoencoder needs multiples of 8",
+        ),
         (lambda m: rfjax.encode_prompt(m, ["a fox"]), "text encoder gives width 32, but its transformer takes 24"),
         (
             lambda m: rfjax.decode(dataclasses.replace(m, vae=None), np.zeros((1, 3, 4, 6, 4), np.float32)),

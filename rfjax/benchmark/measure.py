@@ -19,6 +19,8 @@ from rfjax.sampling.rollout import memory_shape
 TEXT_ENCODER_ON_CPU = 10**9
 """Bytes of weights up to which the text encoder is measured on a CPU."""
 
+LESS_MEMORY = "try --preset small, --dtype bfloat16, fewer policies or a smaller --batch-size"
+
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
@@ -84,7 +86,7 @@ def needed_memory(setup: Setup) -> int:
         raise UserError(
             f"this benchmark needs about {needed / GB:.1f} GB of device memory (weights {budgets[0].weights / GB:.1f}, "
             f"two memories of each policy {memory / GB:.1f}) and there are {setup.limit / GB:.1f} GB; "
-            "try --preset small, --dtype bfloat16, fewer policies or a smaller --batch-size"
+            f"{LESS_MEMORY}"
         )
     return needed
 

@@ -2,13 +2,10 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
-
-import yaml
 
 from rfjax.config import ModelConfig, _Config, load_model_config, preset_path, read_mapping
 from rfjax.errors import UserError
-from rfjax.memory import MemoryPolicy, create
+from rfjax.memory import MemoryPolicy, parse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,13 +92,10 @@ def policy_of(text: str) -> MemoryPolicy:
         UserError: another form, an unknown policy or setting, or a wrong value.
     """
     name, colon, rest = text.partition(":")
-    settings: dict[str, Any] = {}
+    settings: dict[str, str] = {}
     for item in rest.split(",") if colon else ():
         key, equals, value = item.partition("=")
         if not key or not equals:
             raise UserError(f"policy {text!r} has {item!r} for a setting; write NAME:KEY=VALUE,KEY=VALUE")
-        try:
-            settings[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"policy {text!r}: {key} is {value!r}; a number or a word is needed") from None
-    return create(name, **settings)
+        settings[key] = value
+    return parse(name, settings)

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from rfjax.errors import UserError
+from rfjax.io.paths import kind_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,13 +50,13 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from rfjax.benchmark.build import Setup
-    from rfjax.benchmark.measure import measure
+    from rfjax.benchmark.measure import LESS_MEMORY, measure
     from rfjax.benchmark.preset import load_subject, policies_of
     from rfjax.benchmark.report import print_report
     from rfjax.benchmark.summary import summarise
     from rfjax.io.atomic import write_json
     from rfjax.io.checkpoints import check_dtype
-    from rfjax.sampling.budget import device_limit
+    from rfjax.sampling.budget import device_limit, out_of_memory_says
 
     subject = load_subject(args.preset)
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
@@ -69,7 +70,8 @@ def run(args: argparse.Namespace) -> None:
         limit=device_limit(jax.devices()[0]),
     )
     progress = Console(stderr=True, highlight=False, markup=False)
-    summary = summarise(measure(setup, lambda doing: progress.print(f"{args.preset}: {doing}")))
+    with out_of_memory_says(LESS_MEMORY):
+        summary = summarise(measure(setup, lambda doing: progress.print(f"{args.preset}: {doing}")))
     width = None if Console().is_terminal else 100
     console = Console(width=width, highlight=False, markup=False, emoji=False)
     print_report(console, summary)
@@ -79,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_new(path: Path) -> None:
-    if path.exists():
+    if kind_of(path, "--json") != "missing":
         raise UserError(f"--json {path} exists already; name another file, or delete it first")
-    if not path.absolute().parent.is_dir():
+    if kind_of(path.absolute().parent, "the folder") != "folder":
         raise UserError(f"--json {path} cannot be written: there is no folder {path.absolute().parent}")

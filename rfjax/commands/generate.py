@@ -4,9 +4,6 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from rfjax.errors import UserError
 
@@ -101,12 +98,12 @@ def read_prompts(prompt: str | None, prompt_file: Path | None) -> list[str]:
         return _read_prompt_file(prompt_file)
     if prompt is None:
         return [DEFAULT_PROMPT]
-    if not prompt.strip():
-        raise UserError(f"--prompt is {prompt!r}; it needs at least one word")
     try:
         prompt.encode()
     except UnicodeEncodeError:
         raise UserError(f"--prompt is {prompt!r}, which is not valid UTF-8") from None
+    if not _has_word(prompt):
+        raise UserError(f"--prompt is {prompt!r}; it needs at least one word")
     return [prompt.strip()]
 
 
@@ -117,10 +114,20 @@ def _read_prompt_file(path: Path) -> list[str]:
         raise UserError(f"cannot read the prompt file {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"the prompt file {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    prompts = [line.strip() for line in text.split("\n") if line.strip()]
+    prompts = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not prompts:
         raise UserError(f"the prompt file {path} holds no prompt; write one a line")
-    return prompts
+    for number, prompt in prompts:
+        if not _has_word(prompt):
+            raise UserError(f"line {number} of the prompt file {path} is {prompt!r}; it needs at least one word")
+    return [prompt for _, prompt in prompts]
+
+
+def _has_word(prompt: str) -> bool:
+    """Whether anything is left of a prompt when the tokenizer has cleaned it."""
+    from rfjax.models.tokenizer import clean_prompt  # imports JAX
+
+    return bool(clean_prompt(prompt))
 
 
 def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -148,11 +155,8 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _setting(text: str) -> tuple[str, Any]:
+def _setting(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, such as history_frames=2")
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise argparse.ArgumentTypeError(f"{text!r} has a value that is no number, word or list") from None
+    return key, value

@@ -16,19 +16,21 @@ import numpy as np
 from jaxtyping import Array
 from rich.console import Console
 
-from rfjax.cli import rfjax_version
 from rfjax.commands.interruptions import Interruptions
 from rfjax.commands.plan import Plan, make_plan
 from rfjax.commands.progress import ChunkProgress
 from rfjax.io import outputs
-from rfjax.io.checkpoints import load
+from rfjax.io.checkpoints import TOKENIZER, load
 from rfjax.io.plots import memory_timeline
 from rfjax.io.video import VideoWriter
+from rfjax.memory import Trace
 from rfjax.models.model import Model
-from rfjax.sampling.budget import GB, Budget, check_fits, device_limit, estimate
-from rfjax.sampling.codec import encode_prompt, tokenizer_of
+from rfjax.models.tokenizer import Tokenizer
+from rfjax.sampling.budget import GB, Budget, check_fits, device_limit, estimate, needs, out_of_memory_says
+from rfjax.sampling.codec import encode_prompt
 from rfjax.sampling.jobs import Job
-from rfjax.sampling.pipeline import VideoChunk, sample_keys, stream_video
+from rfjax.sampling.pipeline import VideoChunk, keys_from_seed, stream_video
+from rfjax.version import rfjax_version
 
 _TITLE = 68
 """Characters that fit above a timeline."""
@@ -58,12 +60,20 @@ def generate(args: argparse.Namespace, prompts: list[str]) -> None:
     limit = device_limit(jax.devices()[0])
     for line in _introduction(plan, budget, limit):
         console.print(line)
-    check_fits(budget, limit)
     if not plan.missing:
         return
-    model = load(plan.checkpoint, dtype=plan.settings["dtype"])
-    _check_prompts(model, list(dict.fromkeys(job.prompt for job in plan.missing)))
-    outputs.make_folder(plan.output)
+    check_fits(budget, limit)
+    _check_prompts(plan)
+    with out_of_memory_says(needs(budget, limit)):
+        model = load(plan.checkpoint, dtype=plan.settings["dtype"])
+        outputs.make_folder(plan.output)
+        outputs.remove_stale(plan.output)
+        _make_all(plan, budget, model, console)
+    made = plan.missing[0].video if len(plan.missing) == 1 else f"{len(plan.missing)} videos"
+    console.print(f"{made} in {plan.output}")
+
+
+def _make_all(plan: Plan, budget: Budget, model: Model, console: Console) -> None:
     done = 0
     try:
         with Interruptions() as interruptions, ChunkProgress(console, len(plan.batches) * plan.chunks) as progress:
@@ -73,10 +83,9 @@ def generate(args: argparse.Namespace, prompts: list[str]) -> None:
                 progress.label(_numbers(done, len(made), len(plan.missing)))
                 _make_batch(run, batch, made)
                 done += len(made)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"; {done} of {len(plan.missing)} videos are complete in {plan.output}") from None
-    made = plan.missing[0].video if done == 1 else f"{done} videos"
-    console.print(f"{made} in {plan.output}")
+    except KeyboardInterrupt as interruption:
+        complete = f"; {done} of {len(plan.missing)} videos are complete in {plan.output}"
+        raise type(interruption)(complete) from None
 
 
 def _numbers(done: int, count: int, total: int) -> str:
@@ -138,7 +147,7 @@ def _make_batch(run: Run, batch: list[Job], made: list[Job]) -> None:
     settings = plan.settings
     with run.interruptions.allowed():
         embeds = _encode(run.model, [job.prompt for job in batch])
-    keys = sample_keys(settings["seed"], [job.sample for job in batch])
+    keys = keys_from_seed(settings["seed"], [job.sample for job in batch])
     size = (plan.video.latent_height, plan.video.latent_width)
     chunks: list[VideoChunk] = []
     with contextlib.ExitStack() as stack:
@@ -154,9 +163,12 @@ def _make_batch(run: Run, batch: list[Job], made: list[Job]) -> None:
                 writer.write(frames)
             run.progress.advance(len(made) * chunk.frames.shape[1])
             chunks.append(dataclasses.replace(chunk, frames=chunk.frames[:0]))  # the pixels are on their way to disk
-        timelines = [_draw_timeline(plan, chunks, index, job) for index, job in enumerate(made)]
-    for index, (job, timeline) in enumerate(zip(made, timelines, strict=True)):
-        outputs.add_record(plan.output, _record(run, chunks, index, job, timeline, len(batch)))
+    trace = jax.tree.map(lambda *parts: np.stack(parts), *(chunk.trace for chunk in chunks))
+    with outputs.updating(plan.output) as records:
+        for index, job in enumerate(made):
+            timeline = outputs.timeline_name(records, job.prompt, job.sample)
+            _draw_timeline(plan, trace, index, job, timeline)
+            records[job.video] = _record(run, chunks, index, job, timeline, len(batch))
 
 
 def _interruptible(stream: Iterator[VideoChunk], interruptions: Interruptions) -> Iterator[VideoChunk]:
@@ -169,11 +181,12 @@ def _interruptible(stream: Iterator[VideoChunk], interruptions: Interruptions) -
         yield chunk
 
 
-def _check_prompts(model: Model, prompts: list[str]) -> None:
-    """Tokenise every prompt once, before anything is written; one that is too long is a warning of one line."""
+def _check_prompts(plan: Plan) -> None:
+    """Tokenise every prompt once, before weights are read; one that is too long is a warning of one line."""
+    tokenizer = Tokenizer.load(plan.checkpoint / TOKENIZER, plan.config.transformer.text_len)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        tokenizer_of(model)(prompts)
+        tokenizer(list(dict.fromkeys(job.prompt for job in plan.missing)))
     for warning in caught:
         print(f"rfjax: warning: {warning.message}", file=sys.stderr)
 
@@ -184,10 +197,8 @@ def _encode(model: Model, prompts: list[str]) -> Array:
         return encode_prompt(model, prompts)
 
 
-def _draw_timeline(plan: Plan, chunks: list[VideoChunk], index: int, job: Job) -> str:
-    """Draw what one video attended; return the picture's file name."""
-    name = outputs.timeline_name(plan.output, job.prompt, job.sample, alone=len(plan.asked) == 1)
-    trace = jax.tree.map(lambda *parts: np.stack(parts), *(chunk.trace for chunk in chunks))
+def _draw_timeline(plan: Plan, trace: Trace, index: int, job: Job, name: str) -> None:
+    """Draw what one video attended."""
     title = f"{plan.policy.name}: {job.prompt}"
     memory_timeline(
         trace,
@@ -197,18 +208,13 @@ def _draw_timeline(plan: Plan, chunks: list[VideoChunk], index: int, job: Job) -
         sample=index,
         seconds_per_frame=plan.seconds_per_latent,
     )
-    return name
 
 
 def _record(run: Run, chunks: list[VideoChunk], index: int, job: Job, timeline: str, batch_size: int) -> dict[str, Any]:
     """Everything that is written about a video."""
     plan, seconds = run.plan, [chunk.seconds for chunk in chunks]
     selected = [np.asarray(chunk.trace.selected_frames)[index] for chunk in chunks]
-    later_frames = (
-        (plan.chunks - 1)
-        * round(plan.config.chunk_frames * plan.seconds_per_latent * plan.settings["fps"])
-        * batch_size
-    )
+    later_frames = (plan.chunks - 1) * plan.config.chunk_frames * plan.vae.temporal_factor * batch_size
     device = jax.devices()[0]
     return {
         "file": job.video,
@@ -221,7 +227,11 @@ def _record(run: Run, chunks: list[VideoChunk], index: int, job: Job, timeline: 
             "seconds": plan.video_frames / plan.settings["fps"],
             "chunk_latent_frames": plan.config.chunk_frames,
         },
-        "model": {"description": plan.config.description, "parameters": run.budget.parameters},
+        "model": {
+            "path": str(plan.checkpoint.resolve()),
+            "description": plan.config.description,
+            "parameters": run.budget.parameters,
+        },
         "attended_frames": run.budget.attended_frames,
         "selected_frames": [frames[frames >= 0].tolist() for frames in selected],
         "timings": {

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from rfjax.commands.generate import DEFAULT_SECONDS
 from rfjax.config import ModelConfig, VAEConfig
 from rfjax.errors import UserError
 from rfjax.io import outputs
-from rfjax.io.checkpoints import check_dtype, load_checkpoint_config
-from rfjax.memory import MemoryPolicy, create
+from rfjax.io.checkpoints import CONFIG, TOKENIZER, check_dtype, load_checkpoint_config
+from rfjax.io.paths import kind_of
+from rfjax.memory import MemoryPolicy, parse
 from rfjax.sampling.budget import VideoShape
 from rfjax.sampling.jobs import Job, batches, expand
 
@@ -84,11 +86,11 @@ def make_plan(args: argparse.Namespace, prompts: list[str]) -> Plan:
     check_dtype(dtype)
     checkpoint = args.checkpoint or TOY
     config, vae = read_config(checkpoint)
-    policy = create(args.policy, **dict(args.settings))
+    policy = parse(args.policy, dict(args.settings))
     seconds = DEFAULT_SECONDS if args.seconds is None and args.latent_frames is None else args.seconds
     height, width = frame_pixels(config, vae, args.height, args.width)
     settings = {
-        "checkpoint": str(checkpoint.resolve()),
+        "checkpoint": fingerprint(checkpoint),
         "policy": {"name": policy.name, **dataclasses.asdict(policy)},  # pyright: ignore[reportArgumentType]
         "latent_frames": latent_frames(config.chunk_frames, vae.temporal_factor, seconds, args.latent_frames, args.fps),
         "height": height,
@@ -99,10 +101,10 @@ def make_plan(args: argparse.Namespace, prompts: list[str]) -> Plan:
     }
     outputs.check_writable(args.output)
     asked = expand(prompts, args.num_samples)
-    recorded = {record["file"] for record in outputs.read_records(args.output)}
+    recorded = outputs.read_records(args.output).keys()
     if not args.overwrite:
         outputs.check_settings(args.output, settings)
-    missing = [job for job in asked if args.overwrite or not (args.output / job.video).exists()]
+    missing = [job for job in asked if args.overwrite or kind_of(args.output / job.video, "the video") == "missing"]
     kept = set(asked) - set(missing)
     return Plan(
         checkpoint=checkpoint,
@@ -123,12 +125,15 @@ def read_config(checkpoint: Path) -> tuple[ModelConfig, VAEConfig]:
     """Read a checkpoint's sizes, and check that it can turn prompts into pixels.
 
     Raises:
-        UserError: it is missing, or lacks a network.
+        UserError: it is missing, or lacks a network or the tokenizer.
     """
     config = load_checkpoint_config(checkpoint)
-    if config.vae is None or config.umt5 is None:
-        lacking = "autoencoder (vae)" if config.vae is None else "text encoder (umt5)"
-        raise UserError(f"--checkpoint {checkpoint} has no {lacking}, which generate needs; convert it with one")
+    if config.vae is None:
+        raise _lacks(checkpoint, "autoencoder (vae)")
+    if config.umt5 is None:
+        raise _lacks(checkpoint, "text encoder (umt5)")
+    if kind_of(checkpoint / TOKENIZER, "the folder") != "folder":
+        raise _lacks(checkpoint, "tokenizer")
     if config.umt5.dim != config.transformer.text_dim:
         raise UserError(
             f"--checkpoint {checkpoint} has a text encoder of width {config.umt5.dim} and a transformer that reads "
@@ -140,6 +145,25 @@ def read_config(checkpoint: Path) -> tuple[ModelConfig, VAEConfig]:
             f"{config.transformer.in_dim}; they do not belong together"
         )
     return config, config.vae
+
+
+def _lacks(checkpoint: Path, part: str) -> UserError:
+    return UserError(f"--checkpoint {checkpoint} has no {part}, which generate needs; convert it with one")
+
+
+def fingerprint(checkpoint: Path) -> str:
+    """Return a hash that differs between checkpoints, wherever they lie: of the sizes and of what Orbax wrote.
+
+    The weights are not read: a manifest names the files of its network, and every writing names them anew.
+    """
+    digest = hashlib.sha256()
+    manifests = sorted(checkpoint.glob("*/manifest.ocdbt"))
+    for path in (checkpoint / CONFIG, checkpoint / TOKENIZER / "tokenizer.json", *manifests):
+        try:
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return f"sha256:{digest.hexdigest()[:16]}"
 
 
 def frame_pixels(config: ModelConfig, vae: VAEConfig, height: int | None, width: int | None) -> tuple[int, int]:

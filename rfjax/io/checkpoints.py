@@ -345,5 +345,7 @@ def _readable(folder: Path) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except Exception as error:  # neither library says what it may raise
+        if "RESOURCE_EXHAUSTED" in str(error):  # the device is full, which says nothing of the folder
+            raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{folder} is damaged or no Orbax checkpoint: {reason}") from None

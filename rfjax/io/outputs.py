@@ -4,24 +4,33 @@
 (everything that the pixels depend on, but the prompt and the number of the sample) and `timeline`.
 """
 
+import contextlib
+import fcntl
 import json
 import os
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rfjax.errors import UserError
-from rfjax.io.atomic import write_json
+from rfjax.io.atomic import replacing
 from rfjax.io.names import output_name, video_name
+from rfjax.io.paths import existing_above, kind_of
 
 METADATA = "metadata.json"
 TIMELINE = "memory_timeline.png"
-"""Timeline of a folder that holds a single video; elsewhere every video has its own."""
+"""Timeline of a folder's first video; those of the others are named as they are."""
+
+_LOCK = ".metadata.lock"
+_STALE_SECONDS = 24 * 3600
+"""Age of a temporary file that no living process writes any more."""
 
 Record = dict[str, Any]
 
 
-def read_records(folder: Path) -> list[Record]:
-    """Return the records of the videos in a folder, none if it has no `metadata.json`.
+def read_records(folder: Path) -> dict[str, Record]:
+    """Return the records of the videos in a folder by file name, none if it has no `metadata.json`.
 
     Raises:
         UserError: the file cannot be read or was not written by rfjax.
@@ -31,23 +40,57 @@ def read_records(folder: Path) -> list[Record]:
         records = json.loads(path.read_text(encoding="utf-8"))["videos"]
         if not all({"file", "settings", "timeline"} <= record.keys() for record in records):
             raise ValueError("a video's record lacks 'file', 'settings' or 'timeline'")
-        return records
+        return {record["file"]: record for record in records}
     except FileNotFoundError:
-        return []
+        return {}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} was not written by rfjax ({error}); choose another --output or move it away") from None
 
 
-def add_record(folder: Path, record: Record) -> None:
-    """Add a video's record to the folder's `metadata.json`, replacing the one of the same file.
+@contextlib.contextmanager
+def updating(folder: Path) -> Iterator[dict[str, Record]]:
+    """Yield the folder's records, to be changed and written when the block ends; other processes wait until then.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: they cannot be read or written.
     """
-    others = [other for other in read_records(folder) if other["file"] != record["file"]]
-    write_json(folder / METADATA, {"videos": [*others, record]})
+    with _locked(folder):
+        records = read_records(folder)
+        yield records
+        # A record a line: indented, thousands would take Python seconds each time.
+        lines = [json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records.values()]
+        with replacing(folder / METADATA) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.write('{"videos": [\n' + ",\n".join(lines) + "\n]}\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock file of a folder, which is removed afterwards."""
+    path = folder / _LOCK
+    descriptor = _open_locked(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _open_locked(path: Path) -> int:
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from None
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):
+            if os.path.samestat(path.stat(), os.fstat(descriptor)):
+                return descriptor
+        os.close(descriptor)  # its last holder has removed the file, and a third process may hold a new one
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -57,8 +100,8 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
         UserError: the folder holds a video of other settings; the message names the first that differs.
     """
     wanted = json.loads(json.dumps(settings))
-    for record in read_records(folder):
-        if record["settings"] == wanted or not (folder / record["file"]).exists():
+    for file, record in read_records(folder).items():
+        if record["settings"] == wanted or kind_of(folder / file, "the video") == "missing":
             continue
         for name in (*wanted, *record["settings"]):
             there, here = record["settings"].get(name), wanted.get(name)
@@ -73,15 +116,15 @@ def _show(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
 
 
-def timeline_name(folder: Path, prompt: str, sample: int, *, alone: bool) -> str:
+def timeline_name(records: Mapping[str, Record], prompt: str, sample: int) -> str:
     """Return the file name of a video's timeline.
 
-    It is `memory_timeline.png` where a run makes this video alone and the folder has no such file of another video,
-    and `<prompt>-<sample>.timeline.png` otherwise.
+    It is `memory_timeline.png` unless another video of the folder has that one, and `<prompt>-<sample>.timeline.png`
+    then.
     """
     video = video_name(prompt, sample)
-    taken = any(record["timeline"] == TIMELINE and record["file"] != video for record in read_records(folder))
-    return TIMELINE if alone and not taken else output_name(prompt, sample, ".timeline.png")
+    taken = any(record["timeline"] == TIMELINE and file != video for file, record in records.items())
+    return output_name(prompt, sample, ".timeline.png") if taken else TIMELINE
 
 
 def check_writable(folder: Path) -> None:
@@ -90,8 +133,8 @@ def check_writable(folder: Path) -> None:
     Raises:
         UserError: something else is in its place, or permission lacks.
     """
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not existing.is_dir():
+    existing = existing_above(folder) if kind_of(folder, "the output folder") == "missing" else folder
+    if kind_of(existing, "the output folder") != "folder":
         raise UserError(f"the output folder {folder} cannot be made: {existing} is not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"the output folder {folder} cannot be written: no permission to write in {existing}")
@@ -107,3 +150,11 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"the output folder {folder} cannot be made: {error.strerror}") from None
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove the temporary files of runs that were killed; another run may be writing those younger than a day."""
+    for path in folder.glob(".rfjax-*.part"):
+        with contextlib.suppress(OSError):
+            if path.is_file() and time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                path.unlink()

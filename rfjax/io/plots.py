@@ -3,7 +3,7 @@
 import dataclasses
 import warnings
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -15,26 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from rfjax.io.atomic import replacing
-
-
-@runtime_checkable
-class Trace(Protocol):
-    """The part of a rollout's trace that is drawn."""
-
-    @property
-    def frames(self) -> Any:
-        """Attended frame of every memory slot, -1 for none: [chunks, B, slots]."""
-        ...
-
-    @property
-    def roles(self) -> Any:
-        """Role of every memory slot, 0 for none: [chunks, B, slots]."""
-        ...
-
-    @property
-    def candidates(self) -> Any:
-        """Frames that were scored for the history, -1 for none: [chunks, B, candidates]."""
-        ...
+from rfjax.memory import HISTORY, SINK, TAIL, Trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +31,9 @@ class _Layer:
 
 # The colour-blind-safe palette of Okabe and Ito, for the roles of a trace.
 _ROLES = {
-    1: _Layer("sink: the first frames, always kept", "#0072B2", "up"),
-    3: _Layer("tail: the newest frames", "#009E73", "down"),
-    2: _Layer("history: selected from the past", "#D55E00", "both"),
+    SINK: _Layer("sink: the first frames, always kept", "#0072B2", "up"),
+    TAIL: _Layer("tail: the newest frames", "#009E73", "down"),
+    HISTORY: _Layer("history: selected from the past", "#D55E00", "both"),
 }
 _OWN = _Layer("own chunk: being generated", "#F0B400", "up")
 _CANDIDATE = _Layer("candidate: scored, not selected", "#B5B5B5", "both")
@@ -122,7 +103,7 @@ def _draw(
     }
     for layer, runs in layers.items():
         _draw_runs(axes, runs, layer)
-    order = (_OWN, _ROLES[3], _ROLES[2], _CANDIDATE, _ROLES[1], _PAST)
+    order = (_OWN, _ROLES[TAIL], _ROLES[HISTORY], _CANDIDATE, _ROLES[SINK], _PAST)
     return [layer for layer in order if layers[layer]]
 
 

@@ -1,11 +1,13 @@
 """H.264 video in MP4, written as it is generated and read back."""
 
 import contextlib
+import os
 from pathlib import Path
 from types import TracebackType
 
 import av
 import numpy as np
+from av.codec.codec import UnknownCodecError
 from av.error import FFmpegError
 from av.video.reformatter import ColorRange, Colorspace
 from jaxtyping import UInt8
@@ -36,7 +38,7 @@ class VideoWriter:
             fps: frames a second.
 
         Raises:
-            UserError: the folder cannot be written to.
+            UserError: the folder cannot be written to, or this build of PyAV has no H.264.
         """
         self.path = Path(path)
         self.frames = 0
@@ -45,14 +47,14 @@ class VideoWriter:
         try:
             self._temporary.touch()
             self._container = av.open(str(self._temporary), "w", format="mp4", options={"movflags": "+faststart"})
-        except (OSError, FFmpegError) as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from None
-        stream = self._container.add_stream("libx264", rate=fps, options=_OPTIONS)
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        context = stream.codec_context
+            self._stream = self._container.add_stream("libx264", rate=fps, options=_OPTIONS)
+        except (OSError, FFmpegError, UnknownCodecError) as error:
+            self._temporary.unlink(missing_ok=True)
+            raise UserError(f"cannot write {self.path}: {getattr(error, 'strerror', None) or error}") from None
+        self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
+        context = self._stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = _SMPTE170M
         context.color_range = int(ColorRange.MPEG)
-        self._stream = stream
 
     def write(self, frames: UInt8[np.ndarray, "T H W 3"]) -> None:
         """Append RGB frames.
@@ -76,6 +78,8 @@ class VideoWriter:
         with self._user_errors():
             self._container.mux(self._stream.encode())
             self._container.close()
+            with open(self._temporary, "rb") as file:
+                os.fsync(file.fileno())
             self._temporary.replace(self.path)
 
     def abort(self) -> None:

@@ -1,6 +1,8 @@
 """How much memory of the device a run needs, known before anything is allocated."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +108,30 @@ def _decoding_bytes(config: ModelConfig, video: VideoShape, dtype: str) -> int:
 def device_limit(device: Any) -> int | None:
     """Bytes that this process may use of a `jax.Device`; of the machine's free memory on a CPU; None if unknown."""
     if device.platform == "cpu":
-        try:
-            lines = Path("/proc/meminfo").read_text().splitlines()
-        except OSError:
-            return None
-        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+        return host_limit(Path("/"))
     statistics = device.memory_stats() or {}
     return statistics.get("bytes_limit")
+
+
+def host_limit(root: Path) -> int | None:
+    """Bytes of memory that are free and that a container or batch job leaves this process; None if unknown.
+
+    Args:
+        root: folder of `proc` and `sys`, where Linux tells both.
+    """
+    limits = [int(line.split()[1]) * 1024 for line in _lines(root / "proc/meminfo") if line.startswith("MemAvailable:")]
+    groups = root / "sys/fs/cgroup"
+    own = [line.removeprefix("0::/") for line in _lines(root / "proc/self/cgroup") if line.startswith("0::/")]
+    for group in (groups, *(groups / path for name in own for path in (Path(name), *Path(name).parents))):
+        limits += [int(line) for line in _lines(group / "memory.max") if line.isdigit()]
+    return min(limits, default=None)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
 
 
 def check_fits(budget: Budget, limit: int | None) -> None:
@@ -121,11 +140,30 @@ def check_fits(budget: Budget, limit: int | None) -> None:
     Raises:
         UserError: with how much is needed, for what, and how much there is.
     """
-    if limit is None or budget.total <= limit:
-        return
-    raise UserError(
+    if limit is not None and budget.total > limit:
+        raise UserError(needs(budget, limit))
+
+
+def needs(budget: Budget, limit: int | None) -> str:
+    """Say how much a run needs, for what, how much there is, and what would need less."""
+    there = "" if limit is None else f" and there are {limit / GB:.1f} GB"
+    return (
         f"this run needs about {budget.total / GB:.1f} GB of device memory (weights {budget.weights / GB:.1f}, the "
-        f"policy's memory {budget.memory / GB:.1f}, activations {budget.working / GB:.1f}) and there are "
-        f"{limit / GB:.1f} GB; "
+        f"policy's memory {budget.memory / GB:.1f}, activations {budget.working / GB:.1f}){there}; "
         "try --dtype bfloat16, a smaller --batch-size, --height and --width, or a policy that keeps fewer frames"
     )
+
+
+@contextlib.contextmanager
+def out_of_memory_says(advice: str) -> Iterator[None]:
+    """Explain where the device runs out of memory in spite of `check_fits`: others may use it, an estimate may be low.
+
+    Raises:
+        UserError: it did.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(f"the device ran out of memory: {advice}") from None

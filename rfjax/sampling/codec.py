@@ -1,10 +1,11 @@
 """Between what people see and what the transformer works on: pixels and latents, prompts and embeddings."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rfjax.config import TextEncoderConfig, VAEConfig
 from rfjax.errors import UserError
@@ -36,19 +37,13 @@ def encode(model: Model, video: Float[AnyArray, "B T H W 3"]) -> Float[Array, "B
     Raises:
         UserError: the checkpoint has no autoencoder, or a size that does not divide.
     """
-    config, params = vae_of(model)
-    _, frames, height, width, _ = video.shape
-    time, space = config.temporal_factor, config.spatial_factor
-    if (frames - 1) % time:
-        raise UserError(f"the video has {frames} frames; 1 + a multiple of {time} is needed")
-    for name, size in (("height", height), ("width", width)):
-        if size % space:
-            raise UserError(f"the video's {name} is {size}; a multiple of {space} is needed")
-    return _encode(config, params, video)
+    return _encode(*vae_of(model), video)
 
 
-def encode_tokens(model: Model, ids: Int[AnyArray, "B L"], mask: Int[AnyArray, "B L"]) -> Float[Array, "B L D"]:
-    """Encode token ids; hidden states where `mask` is 0 are zero.
+def encode_tokens(
+    model: Model, ids: Int[AnyArray, "B L"], mask: Int[AnyArray, "B L"] | Bool[AnyArray, "B L"]
+) -> Float[Array, "B L D"]:
+    """Encode token ids; hidden states where `mask` is 0 or False are zero.
 
     Raises:
         UserError: the checkpoint has no text encoder.
@@ -57,20 +52,22 @@ def encode_tokens(model: Model, ids: Int[AnyArray, "B L"], mask: Int[AnyArray, "
     return _encode_tokens(config, params, jnp.asarray(ids), jnp.asarray(mask))
 
 
-def encode_prompt(model: Model, prompts: list[str]) -> Float[Array, "B L D"]:
+def encode_prompt(model: Model, prompts: Sequence[str]) -> Float[Array, "B L D"]:
     """Clean, tokenise and encode prompts, padded with zeros to the transformer's text length.
 
     Raises:
-        UserError: the checkpoint has no text encoder or tokenizer, its embeddings do not fit its transformer, or a
-            prompt is empty.
+        UserError: the checkpoint has no text encoder or tokenizer, its embeddings do not fit its transformer, a prompt
+            is empty, or `prompts` is a single string.
     """
+    if isinstance(prompts, str):
+        raise UserError(f"prompts is {prompts!r}; pass a list of prompts, such as [{prompts!r}]")
     config, _ = _text_encoder_of(model)
     if config.dim != model.config.transformer.text_dim:
         raise UserError(
             f"the checkpoint's text encoder gives width {config.dim}, but its transformer takes "
             f"{model.config.transformer.text_dim}: they do not belong together"
         )
-    return encode_tokens(model, *tokenizer_of(model)(prompts))
+    return encode_tokens(model, *tokenizer_of(model)(list(prompts)))
 
 
 def tokenizer_of(model: Model) -> Tokenizer:

@@ -32,7 +32,7 @@ class VideoChunk:
     """Since the chunk before was ready, or since the start; the first includes compilation."""
 
 
-def sample_keys(seed: int, samples: Sequence[int]) -> Key[Array, "B"]:
+def keys_from_seed(seed: int, samples: Sequence[int]) -> Key[Array, "B"]:
     """Return a key for each sample that depends on the seed and the sample's number alone: not on the batch."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(samples, jnp.uint32))
 
@@ -55,7 +55,7 @@ def stream_video(
         prompt_embeds: from `rfjax.encode_prompt`.
         latent_frames: length, a multiple of the chunk.
         frame_size: latent rows and columns.
-        keys: [B] one a sample.
+        keys: [B] one a sample, from `keys_from_seed`.
 
     Raises:
         UserError: sizes that do not fit the model, no autoencoder, or latents that are no longer finite.

@@ -73,6 +73,7 @@ def test_tiny_preset_measures_every_part(tmp_path, capsys):
         (["--batch-size", "-1"], "--batch-size is -1"),
         (["--dtype", "float16"], "float16"),
         (["--json", "/nowhere/at/all.json"], "no folder /nowhere/at"),
+        (["--json", "x" * 300], "File name too long"),
         (["--preset", "wan_1_3b", "--batch-size", "1000"], "GB of device memory"),
     ],
 )
@@ -104,8 +105,9 @@ def test_the_run_is_refused_where_memory_does_not_suffice():
 
 def test_policies_are_written_with_their_settings():
     assert preset.policy_of("relax_forcing") == create("relax_forcing")
-    expected = create("relax_forcing", history_frames=2, redundancy_weight=1.5, positions="true")
-    assert preset.policy_of("relax_forcing:history_frames=2,redundancy_weight=1.5,positions='true'") == expected
+    assert preset.policy_of("self_forcing:window_frames=none") == create("self_forcing")
+    expected = create("relax_forcing", history_frames=2, redundancy_weight=0.001, positions="true")
+    assert preset.policy_of("relax_forcing:history_frames=2,redundancy_weight=1e-3,positions=true") == expected
 
 
 def test_presets_name_models_of_the_published_sizes():

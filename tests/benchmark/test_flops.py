@@ -40,7 +40,7 @@ def test_a_pass_costs_what_xla_counts():
         return bind(WanTransformer, TRANSFORMER, params)(x, t, text, memory)[0]
 
     def remembered(frames):
-        kv = jnp.zeros((1, BATCH, frames * tokens, dim))
+        kv = jnp.zeros((1, BATCH, frames, tokens, dim))
         return jax.eval_shape(lambda: AttendedMemory(kv, kv, jnp.zeros(BATCH, jnp.int32)))
 
     text = jax.eval_shape(lambda: TextContext(jnp.zeros((1, BATCH, 40, dim)), jnp.zeros((1, BATCH, 40, dim))))

@@ -1,9 +1,13 @@
 """Lengths and sizes asked for on the command line."""
 
+import shutil
+
+import jax
 import pytest
 
-from rfjax.commands.plan import latent_frames
+from rfjax.commands.plan import TOY, fingerprint, latent_frames
 from rfjax.errors import UserError
+from rfjax.io.checkpoints import load, save
 
 
 @pytest.mark.parametrize(
@@ -30,3 +34,31 @@ def test_latent_frames_are_taken_as_given():
     assert latent_frames(3, 4, None, 240, 16) == 240
     with pytest.raises(UserError, match=r"--latent-frames is 2; it must be a multiple of the chunk's 3, such as 3$"):
         latent_frames(3, 4, None, 2, 16)
+
+
+def test_fingerprint_follows_the_checkpoint_and_not_its_place(tmp_path):
+    shutil.copytree(TOY, tmp_path / "copy")
+    assert fingerprint(tmp_path / "copy") == fingerprint(TOY)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer/tokenizer.json"])
+def test_fingerprint_tells_other_sizes_and_tokenizers(tmp_path, file):
+    copy = tmp_path / "copy"
+    shutil.copytree(TOY, copy)
+    with open(copy / file, "ab") as stored:
+        stored.write(b" ")
+    assert fingerprint(copy) != fingerprint(TOY)
+
+
+def test_fingerprint_tells_other_weights(tmp_path):
+    model = load(TOY)
+    assert model.vae is not None
+    assert model.text_encoder is not None
+    other = jax.tree.map(lambda leaf: leaf + 1, model.vae)
+    params = {"transformer": model.transformer, "vae": other, "text_encoder": model.text_encoder}
+    save(tmp_path / "other", model.config, params, TOY / "tokenizer")
+    for name in ("transformer", "text_encoder"):
+        shutil.rmtree(tmp_path / "other" / name)
+        shutil.copytree(TOY / name, tmp_path / "other" / name)
+    assert (tmp_path / "other/config.json").read_text() == (TOY / "config.json").read_text()
+    assert fingerprint(tmp_path / "other") != fingerprint(TOY)

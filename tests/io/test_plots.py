@@ -1,13 +1,13 @@
 """The picture of what a rollout remembered."""
 
-import dataclasses
-
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
 from rfjax.errors import UserError
 from rfjax.io.plots import memory_timeline
+from rfjax.memory import Trace
 
 SINK, HISTORY, TAIL, OWN, CANDIDATE, PAST = (
     (int(color[:2], 16), int(color[2:4], 16), int(color[4:], 16))
@@ -15,14 +15,12 @@ SINK, HISTORY, TAIL, OWN, CANDIDATE, PAST = (
 )
 
 
-@dataclasses.dataclass
-class FakeTrace:
-    frames: np.ndarray
-    roles: np.ndarray
-    candidates: np.ndarray
+def trace_of(frames: np.ndarray, roles: np.ndarray, candidates: np.ndarray) -> Trace:
+    attended, scored = jnp.asarray(frames), jnp.asarray(candidates)
+    return Trace(attended, attended, jnp.asarray(roles), scored[..., :0], scored, jnp.zeros(scored.shape))
 
 
-def relax_trace(chunks: int, samples: int = 1) -> FakeTrace:
+def relax_trace(chunks: int, samples: int = 1) -> Trace:
     """Two sink frames, one history frame at half the past, one tail frame; sample 1 has no history."""
     frames = np.full((chunks, samples, 4), -1)
     roles = np.zeros((chunks, samples, 4), int)
@@ -33,7 +31,7 @@ def relax_trace(chunks: int, samples: int = 1) -> FakeTrace:
         roles[chunk] = [1, 1, 2, 3]
         candidates[chunk] = [start // 2, 3 * start // 4]
     frames[:, 1:, 2], roles[:, 1:, 2] = -1, 0
-    return FakeTrace(frames=frames, roles=roles, candidates=candidates)
+    return trace_of(frames, roles, candidates)
 
 
 def pixels_of(image: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
@@ -70,7 +68,7 @@ def test_sample_chooses_whose_memory_is_drawn(tmp_path):
 
 def test_a_policy_without_candidates_and_a_single_chunk_can_be_drawn(tmp_path):
     none = np.full((1, 1, 0), -1)
-    image = draw(tmp_path, FakeTrace(frames=none, roles=none, candidates=none))
+    image = draw(tmp_path, trace_of(none, none, none))
     assert len(pixels_of(image, SINK)) == 0
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import av
 import numpy as np
 import pytest
+from av.codec.codec import UnknownCodecError
 
 from rfjax.errors import UserError
 from rfjax.io.video import VideoWriter, read_video
@@ -113,6 +114,17 @@ def test_name_of_255_bytes_can_be_written(tmp_path):
 def test_missing_folder_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*nowhere/a\.mp4: No such file"):
         VideoWriter(tmp_path / "nowhere" / "a.mp4", 32, 48)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), UnknownCodecError("libx264")])
+def test_video_that_cannot_be_begun_is_a_user_error_and_leaves_nothing(tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(av, "open", lambda *_, **__: SimpleNamespace(add_stream=fail))
+    with pytest.raises(UserError, match=r"cannot write .*a\.mp4: (No space left|libx264)"):
+        VideoWriter(tmp_path / "a.mp4", 32, 48)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_full_disk_is_a_user_error_and_leaves_nothing(tmp_path, monkeypatch):

@@ -1,11 +1,12 @@
 """Device memory known in advance."""
 
+import jax.numpy as jnp
 import pytest
 
 from rfjax.config import ModelConfig, TextEncoderConfig, VAEConfig
 from rfjax.errors import UserError
 from rfjax.memory import create
-from rfjax.sampling.budget import GB, VideoShape, check_fits, estimate
+from rfjax.sampling.budget import GB, VideoShape, check_fits, estimate, host_limit, out_of_memory_says
 
 WAN = ModelConfig(vae=VAEConfig(), umt5=TextEncoderConfig())
 MINUTE = VideoShape(batch=1, latent_frames=240, latent_height=60, latent_width=104)
@@ -42,3 +43,38 @@ def test_what_does_not_fit_says_how_much_is_needed():
     check_fits(budget, budget.total)
     with pytest.raises(UserError, match=rf"needs about {budget.total / GB:.1f} GB .* there are 24\.0 GB"):
         check_fits(budget, int(24 * GB))
+
+
+def machine(root, **files: str):
+    known = {"meminfo": "proc/meminfo", "own": "proc/self/cgroup"}
+    for name, text in files.items():
+        path = root / known.get(name, f"sys/fs/cgroup/{name}/memory.max")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+FREE = "MemTotal:       9000 kB\nMemAvailable:   4000 kB\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({}, None),
+        ({"meminfo": FREE}, 4000 * 1024),
+        ({"meminfo": FREE, ".": "max\n"}, 4000 * 1024),
+        ({"meminfo": FREE, ".": "1000\n"}, 1000),
+        ({"meminfo": FREE, ".": "9000000000\n"}, 4000 * 1024),
+        ({"meminfo": FREE, "own": "0::/job/step\n", "job": "2000\n", "job/step": "max\n"}, 2000),
+        ({"meminfo": FREE, "own": "0::/job/step\n", "other": "2000\n"}, 4000 * 1024),
+    ],
+)
+def test_host_memory_is_what_is_free_and_what_the_container_allows(tmp_path, files, limit):
+    assert host_limit(machine(tmp_path, **files)) == limit
+
+
+def test_running_out_of_memory_is_a_user_error_and_other_failures_are_not():
+    with pytest.raises(UserError, match=r"^the device ran out of memory: try less$"), out_of_memory_says("try less"):
+        jnp.zeros(2**45, jnp.float32).block_until_ready()
+    with pytest.raises(TypeError), out_of_memory_says("try less"):
+        jnp.zeros("a")

@@ -11,7 +11,7 @@ from rfjax.errors import UserError
 from rfjax.memory import create
 from rfjax.sampling import pipeline
 from rfjax.sampling.codec import decode
-from rfjax.sampling.pipeline import sample_keys, stream_video
+from rfjax.sampling.pipeline import keys_from_seed, stream_video
 from rfjax.sampling.rollout import rollout
 
 FRAMES, SIZE = 9, (6, 8)
@@ -23,7 +23,7 @@ def embeds():
 
 
 def stream(model, embeds, samples, frames=FRAMES):
-    return stream_video(model, create("relax_forcing"), embeds, frames, SIZE, sample_keys(5, samples))
+    return stream_video(model, create("relax_forcing"), embeds, frames, SIZE, keys_from_seed(5, samples))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def streamed(tiny_model, embeds):
 @pytest.mark.slow
 def test_streamed_pixels_are_those_of_rollout_and_decode(tiny_model, embeds, streamed):
     shape = (2, FRAMES, *SIZE, 4)
-    whole = rollout(tiny_model, create("relax_forcing"), embeds, shape, key=sample_keys(5, [0, 1]))
+    whole = rollout(tiny_model, create("relax_forcing"), embeds, shape, key=keys_from_seed(5, [0, 1]))
     video = np.asarray(decode(tiny_model, whole.latents))
     frames = np.concatenate([chunk.frames for chunk in streamed], axis=1)
     assert [chunk.frames.shape[1] for chunk in streamed] == [9, 12, 12]
@@ -62,7 +62,7 @@ def test_a_sample_is_the_same_in_any_batch(tiny_model, embeds, streamed):
 
 def test_keys_depend_on_seed_and_sample_alone():
     def data(seed, samples):
-        return np.asarray(jax.random.key_data(sample_keys(seed, samples)))
+        return np.asarray(jax.random.key_data(keys_from_seed(seed, samples)))
 
     np.testing.assert_array_equal(data(3, [4, 9])[1], data(3, [9])[0])
     np.testing.assert_array_equal(data(3, [9])[0], jax.random.key_data(jax.random.fold_in(jax.random.key(3), 9)))
