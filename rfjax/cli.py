@@ -58,7 +58,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if first is None:
         raise UserError(f"no command given; there are: {', '.join(COMMANDS)} (see rfjax --help)")
     if not first.startswith("-") and first not in COMMANDS:
-        raise UserError(f"unknown command {first!r}{nearest(first, COMMANDS)}; there are: {', '.join(COMMANDS)}")
+        raise UserError(f"unknown command {first!r}; there are: {', '.join(COMMANDS)}{nearest(first, COMMANDS)}")
     flags = [flag for action in command._actions for flag in action.option_strings]
     # Before argparse, which would rather speak of a required flag that is missing because it was misspelt.
     _refuse([word for word in argv if word[:2] == "--" and " " not in word and _name(word) not in flags], flags)

@@ -58,12 +58,12 @@ def parse(name: str, settings: Mapping[str, str]) -> MemoryPolicy:
 def _look_up(name: str, settings: Mapping[str, Any]) -> tuple[type, dict[str, Any]]:
     """Return a policy and the types of its settings, all of `settings` among them."""
     if name not in POLICIES:
-        raise UserError(f"unknown policy {name!r}{nearest(name, POLICIES)}; there are: {', '.join(sorted(POLICIES))}")
+        raise UserError(f"unknown policy {name!r}; there are: {', '.join(sorted(POLICIES))}{nearest(name, POLICIES)}")
     policy = POLICIES[name]
     known = [field.name for field in dataclasses.fields(policy)]
     for key in settings:
         if key not in known:
-            raise UserError(f"{name} has no setting {key!r}{nearest(key, known)}; it has: {', '.join(known)}")
+            raise UserError(f"{name} has no setting {key!r}; it has: {', '.join(known)}{nearest(key, known)}")
     return policy, typing.get_type_hints(policy)
 
 
