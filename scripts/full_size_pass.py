@@ -22,6 +22,7 @@ MEMORY_FRAMES = 4
 
 
 def main() -> None:
+    """Run the pass and print what it took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     dtype = jnp.dtype(parser.parse_args().dtype)
@@ -32,9 +33,8 @@ def main() -> None:
     prompt = jax.random.normal(jax.random.key(0), (1, network.text_len, network.text_dim))
     text = parts.text_context(config, weights, prompt)
     tokens = network.frame_tokens(*subject.frame_size)
-    attended = MEMORY_FRAMES * tokens
-    keys = jax.random.normal(jax.random.key(1), (network.num_layers, 1, attended, network.dim), dtype)
-    memory = AttendedMemory(keys, keys, jnp.full(1, attended))
+    keys = jax.random.normal(jax.random.key(1), (network.num_layers, 1, MEMORY_FRAMES, tokens, network.dim), dtype)
+    memory = AttendedMemory(keys, keys, jnp.full(1, MEMORY_FRAMES, jnp.int32))
     latents = jax.random.normal(jax.random.key(2), (1, config.chunk_frames, *subject.frame_size, network.in_dim))
     timestep = jnp.full((1, config.chunk_frames), 625.0)
 

@@ -42,6 +42,7 @@ def write_tokenizer(path: Path, vocabulary: int) -> None:
 
 
 def main(output: str) -> None:
+    """Write the checkpoint folder `output`, which must not exist."""
     config = load_model_config(preset_path("models", "toy"))
     assert config.umt5 is not None
     sizes = {"transformer": config.transformer, "vae": config.vae, "text_encoder": config.umt5}
