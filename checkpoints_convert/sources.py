@@ -122,10 +122,8 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _state_dict(file: Path, content: Any, key: str | None) -> tuple[str | None, dict[str, StoredTensor]]:
+def _state_dict(file: Path, content: dict[Any, Any], key: str | None) -> tuple[str | None, dict[str, StoredTensor]]:
     """Choose the state dict in what a `.pt` file holds, and drop its numbers and text."""
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds {type(content).__name__}; a state dict is needed")
     groups = {name: value for name, value in content.items() if _tensors(value)}
     direct = _tensors(content)
     # Scalar tensors beside state dicts are counters of the training run.

@@ -151,12 +151,12 @@ class _Unpickler(pickle.Unpickler):
         return _Storage(self._path, offset, size, dtype)
 
 
-def read_torch(path: Path) -> Any:
+def read_torch(path: Path) -> dict[Any, Any]:
     """Read what a `.pt` or `.pth` file holds, with a `StoredTensor` for each tensor and dicts for its mappings.
 
     Raises:
-        UserError: the file is no whole PyTorch zip checkpoint, or its pickle asks for anything but tensors and
-            plain values.
+        UserError: the file is no whole PyTorch zip checkpoint, its pickle asks for anything but tensors and plain
+            values, or it holds no dict.
     """
     try:
         entries = _entries(path)
@@ -165,7 +165,7 @@ def read_torch(path: Path) -> Any:
         storages = {name.removeprefix("data/"): place for name, place in entries.items() if name.startswith("data/")}
         pickled = _bytes(path, entries["data.pkl"])
         _check_numbers(pickled)
-        return _Unpickler(io.BytesIO(pickled), path, storages).load()
+        content = _Unpickler(io.BytesIO(pickled), path, storages).load()
     except UserError:
         raise
     except OSError as error:
@@ -175,6 +175,9 @@ def read_torch(path: Path) -> Any:
     except Exception as error:  # whatever a damaged pickle or archive can provoke
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path} is damaged or no PyTorch checkpoint: {reason}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds {type(content).__name__}; a state dict is needed")
+    return content
 
 
 def _entries(path: Path) -> dict[str, tuple[int, int]]:

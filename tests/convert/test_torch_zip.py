@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 from checkpoint_files import BFLOAT16, GOLDEN, Ordered, Pickled, View, save_torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from checkpoints_convert.tensors import StoredTensor
@@ -151,6 +151,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path, share):
 
 
 @given(st.integers(0, 3000), st.integers(0, 255))
+@example(206, 46)  # the end of the pickle, after a text
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_changed_byte_gives_tensors_or_a_user_error(tmp_path, position, byte):
     data = bytearray((GOLDEN / "umt5_tiny.pth").read_bytes())
@@ -215,4 +216,5 @@ def test_short_pickles_cannot_fill_the_memory(tmp_path):
     answers = dict(zip(BOMBS, done.stdout.splitlines(), strict=True))
     assert [name for name, answer in answers.items() if "MemoryError" in answer] == []
     assert all("numbers an object" in answers[name] for name in ("memo", "largest memo", "memo in text"))
-    assert [name for name, answer in answers.items() if answer == "read"] == ["shared levels", "copied attributes"]
+    assert answers["shared levels"] == "read"
+    assert "holds list; a state dict is needed" in answers["copied attributes"]
