@@ -7,7 +7,6 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -145,8 +144,8 @@ def _make_batch(run: Run, batch: list[Job], made: list[Job]) -> None:
     """Generate a batch and write the videos, timelines and records of those `made`, its first jobs."""
     plan = run.plan
     settings = plan.settings
-    with run.interruptions.allowed():
-        embeds = _encode(run.model, [job.prompt for job in batch])
+    run.interruptions.check()
+    embeds = _encode(run.model, [job.prompt for job in batch])
     keys = keys_from_seed(settings["seed"], [job.sample for job in batch])
     size = (plan.video.latent_height, plan.video.latent_width)
     chunks: list[VideoChunk] = []
@@ -158,7 +157,8 @@ def _make_batch(run: Run, batch: list[Job], made: list[Job]) -> None:
             for job in made
         ]
         stream = stream_video(run.model, plan.policy, embeds, settings["latent_frames"], size, keys)
-        for chunk in _interruptible(stream, run.interruptions):
+        for chunk in stream:
+            run.interruptions.check()
             for writer, frames in zip(writers, chunk.frames, strict=False):
                 writer.write(frames)
             run.progress.advance(len(made) * chunk.frames.shape[1])
@@ -169,16 +169,6 @@ def _make_batch(run: Run, batch: list[Job], made: list[Job]) -> None:
             timeline = outputs.timeline_name(records, job.prompt, job.sample)
             _draw_timeline(plan, trace, index, job, timeline)
             records[job.video] = _record(run, chunks, index, job, timeline, len(batch))
-
-
-def _interruptible(stream: Iterator[VideoChunk], interruptions: Interruptions) -> Iterator[VideoChunk]:
-    """Pass on what a stream yields; Ctrl-C is let through while the device computes."""
-    while True:
-        with interruptions.allowed():
-            chunk = next(stream, None)
-        if chunk is None:
-            return
-        yield chunk
 
 
 def _check_prompts(plan: Plan) -> None:

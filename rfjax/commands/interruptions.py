@@ -39,34 +39,23 @@ def termination_raises() -> contextlib.AbstractContextManager[None]:
 
 
 class Interruptions:
-    """A context in which Ctrl-C raises `KeyboardInterrupt`, and SIGTERM `Terminated`, inside `allowed()` alone.
+    """A context in which Ctrl-C and SIGTERM are noted; only `check()` raises `KeyboardInterrupt` or `Terminated`.
 
-    Elsewhere they wait for the next such place. Otherwise they could strike between the making of a file and the
-    statement that would remove it again.
+    Elsewhere they could strike between the making of a file and the statement that would remove it again, or inside a
+    callback that Python lets raise nothing. No time is lost: while the device works, Python would not see them anyway.
     """
 
     def __init__(self):
-        self._allowed = False
-        self._pending: type[KeyboardInterrupt] | None = None
-        self._handling = _handling(_RAISED, self._handle)
+        self._noted: type[KeyboardInterrupt] | None = None
+        self._handling = _handling(_RAISED, self._note)
 
-    @contextlib.contextmanager
-    def allowed(self) -> Iterator[None]:
-        """Let both through, also one that came before."""
-        self._allowed = True
-        try:
-            if self._pending is not None:
-                raise self._pending
-            yield
-        finally:
-            self._allowed = False
+    def check(self) -> None:
+        """Raise what has come."""
+        if self._noted is not None:
+            raise self._noted
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        # It stays pending, for Python swallows what is raised while it finalises an object.
-        raised = self._pending = _RAISED[signal.Signals(number)]
-        if self._allowed:
-            self._allowed = False  # what follows is cleaning up
-            raise raised
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._noted = _RAISED[signal.Signals(number)]
 
     def __enter__(self) -> "Interruptions":
         self._handling.__enter__()

@@ -1,6 +1,5 @@
 """Ctrl-C and SIGTERM only where they can do no harm."""
 
-import contextlib
 import signal
 import threading
 
@@ -14,46 +13,21 @@ BOTH = pytest.mark.parametrize(
 
 
 @BOTH
-def test_interruption_is_let_through_where_it_is_allowed(number, raised):
-    def wait_for_the_device():
-        with Interruptions() as interruptions, interruptions.allowed():
-            signal.raise_signal(number)
-
-    with pytest.raises(KeyboardInterrupt) as caught:
-        wait_for_the_device()
-    assert caught.type is raised
-
-
-@BOTH
-def test_interruption_waits_elsewhere(number, raised):
+def test_interruption_waits_for_the_next_check(number, raised):
     steps = []
 
     def run():
         with Interruptions() as interruptions:
+            interruptions.check()
             signal.raise_signal(number)
+            signal.raise_signal(number)  # out of impatience
             steps.append("file written")
-            with interruptions.allowed():
-                steps.append("computed")
+            interruptions.check()
+            steps.append("computed")
 
     with pytest.raises(KeyboardInterrupt) as caught:
         run()
     assert caught.type is raised
-    assert steps == ["file written"]
-
-
-def test_interruption_that_python_swallows_is_raised_at_the_next_place():
-    steps = []
-
-    def run():
-        with Interruptions() as interruptions:
-            with interruptions.allowed(), contextlib.suppress(KeyboardInterrupt):  # as in an object's finaliser
-                signal.raise_signal(signal.SIGTERM)
-            steps.append("file written")
-            with interruptions.allowed():
-                steps.append("computed")
-
-    with pytest.raises(Terminated):
-        run()
     assert steps == ["file written"]
 
 
@@ -63,8 +37,8 @@ def test_second_ctrl_c_does_not_disturb_cleaning_up():
     def run():
         with Interruptions() as interruptions:
             try:
-                with interruptions.allowed():
-                    signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+                interruptions.check()
             finally:
                 signal.raise_signal(signal.SIGINT)
                 steps.append("cleaned up")
@@ -86,7 +60,8 @@ def test_outside_the_main_thread_all_runs_without_handlers():
     steps = []
 
     def run():
-        with termination_raises(), Interruptions() as interruptions, interruptions.allowed():
+        with termination_raises(), Interruptions() as interruptions:
+            interruptions.check()
             steps.append("computed")
 
     thread = threading.Thread(target=run)

@@ -13,6 +13,7 @@ from transcriptions import attention_sink, relax, window
 
 from rfjax import memory
 from rfjax.memory import HISTORY, SINK, TAIL, MemoryShape
+from rfjax.memory.relaxed import candidate_indices
 
 SHAPE = MemoryShape(layers=2, batch=2, heads=2, head_dim=4, frame_tokens=3, chunk_frames=3)
 
@@ -127,6 +128,17 @@ def test_relax_any_settings(data):
     least = sizes["sink_frames"] + sizes["tail_frames"] + chunk + 2 * sizes["history_frames"]
     sizes["reservoir_frames"] = draw(st.integers(max(least + 2, 8), least + 40))
     check_relax(sizes, 30, draw(st.integers(0, 9)), chunk)
+
+
+def test_candidates_against_exact_fractions():
+    """The float32 steps truncate as exact ones would (checked against torch.linspace for the same sizes, too)."""
+    for length in range(2, 200):
+        for count in range(1, 13):
+            half = length // 2
+            steps = min(count, length - half)
+            places = {half + (length - 1 - half) * i // steps for i in range(steps + 1)}
+            want = [half] if steps == 1 else sorted(places)[:-1]
+            assert candidate_indices(length, count).tolist() == want
 
 
 def test_relax_stores_47_frames_of_the_120():
