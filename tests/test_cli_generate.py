@@ -127,7 +127,7 @@ def test_selected_frames_and_pixels_are_those_of_the_rollout(generate, checkpoin
     model = load(checkpoint)
     embeds = encode_prompt(model, ["a dog"])
     expected = rollout(model, create("relax_forcing"), embeds, (1, 12, 6, 8, 4), key=keys_from_seed(3, [1]))
-    selected = [frames[frames >= 0].tolist() for frames in np.asarray(expected.trace.selected_frames)[:, 0]]
+    selected = [frames[frames >= 0].tolist() for frames in np.asarray(expected.trace.selected_frames)[:, 0, 0]]
     assert records("outputs")["a dog-1.mp4"]["selected_frames"] == selected
     assert [len(frames) for frames in selected] == [0, 0, 1, 1]
 

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from rfjax.config import ModelConfig
-from rfjax.memory import MemoryPolicy
+from rfjax.memory import CleanChunk, MemoryPolicy
 from rfjax.models.attention import attention
 from rfjax.models.functional import Params, abstract_params, bind
 from rfjax.models.transformer import AttendedMemory, TextContext, WanTransformer
@@ -73,9 +73,11 @@ def clean_pass(
     """Make a chunk's clean keys and values and commit them; the state given is consumed."""
     batch, frames = latents.shape[:2]
     network = bind(WanTransformer, config.transformer, params)
-    _, kv = network(latents, jnp.zeros((batch, frames)), text, memory, return_kv=True)
-    assert kv is not None
-    return RolloutState(policy.commit(state.memory, *kv, state.start), state.start + frames)
+    _, made = network(latents, jnp.zeros((batch, frames)), text, memory, return_projections=True)
+    assert made is not None
+    indices = state.start[:, None] + jnp.arange(frames)
+    chunk = CleanChunk(indices, made.queries, made.keys, made.values)
+    return RolloutState(policy.commit(state.memory, chunk), state.start + frames)
 
 
 @jax.jit
@@ -116,7 +118,8 @@ def state_at(
 
     def add(index, memory):
         kv = jnp.roll(numbers, index, axis=-1)  # other numbers for each chunk, at the price of a copy
-        return policy.commit(memory, kv, kv, jnp.full(batch, index * shape.chunk_frames))
+        frames = jnp.full((batch, 1), index * shape.chunk_frames) + jnp.arange(shape.chunk_frames)
+        return policy.commit(memory, CleanChunk(frames, kv, kv, kv))
 
     memory = jax.lax.fori_loop(0, chunk, add, policy.init(shape, video_frames, dtype))
     return RolloutState(memory, jnp.full(batch, chunk * shape.chunk_frames))

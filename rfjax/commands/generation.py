@@ -203,7 +203,7 @@ def _draw_timeline(plan: Plan, trace: Trace, index: int, job: Job, name: str) ->
 def _record(run: Run, chunks: list[VideoChunk], index: int, job: Job, timeline: str, batch_size: int) -> dict[str, Any]:
     """Everything that is written about a video."""
     plan, seconds = run.plan, [chunk.seconds for chunk in chunks]
-    selected = [np.asarray(chunk.trace.selected_frames)[index] for chunk in chunks]
+    selected = [np.unique(np.asarray(chunk.trace.selected_frames)[index]) for chunk in chunks]
     later_frames = (plan.chunks - 1) * plan.config.chunk_frames * plan.vae.temporal_factor * batch_size
     device = jax.devices()[0]
     return {

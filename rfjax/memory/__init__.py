@@ -8,21 +8,20 @@ from rfjax.memory.base import (
     NONE,
     SINK,
     TAIL,
-    Choice,
-    FramePolicy,
-    FrameStore,
+    CleanChunk,
     MemoryPolicy,
     MemoryShape,
-    Stored,
     Trace,
     View,
 )
 from rfjax.memory.footprint import Footprint, footprint
+from rfjax.memory.frames import FOREVER, Choice, FramePolicy, FrameStore, Stored, plain_choice
 from rfjax.memory.registry import POLICIES, create, parse, register
 from rfjax.memory.relaxed import RelaxForcing
 from rfjax.memory.window import AttentionSink, SelfForcing
 
 __all__ = [
+    "FOREVER",
     "HISTORY",
     "NONE",
     "POLICIES",
@@ -30,6 +29,7 @@ __all__ = [
     "TAIL",
     "AttentionSink",
     "Choice",
+    "CleanChunk",
     "Footprint",
     "FramePolicy",
     "FrameStore",
@@ -43,5 +43,6 @@ __all__ = [
     "create",
     "footprint",
     "parse",
+    "plain_choice",
     "register",
 ]

@@ -30,7 +30,7 @@ def footprint(policy: MemoryPolicy, shape: MemoryShape, video_frames: int, dtype
     state = jax.eval_shape(lambda: policy.init(shape, video_frames, dtype))
     view = jax.eval_shape(policy.read, state, jax.ShapeDtypeStruct((shape.batch,), jnp.int32))
     return Footprint(
-        attended_frames=view.positions.shape[1] + shape.chunk_frames,
+        attended_frames=view.keys.shape[2] + shape.chunk_frames,
         state_bytes=_size(state),
         view_bytes=_size((view.keys, view.values)),
     )

@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rfjax.errors import UserError
-from rfjax.memory.base import FOREVER, HISTORY, NONE, SINK, TAIL, Choice, FramePolicy, MemoryShape, Stored
+from rfjax.memory.base import HISTORY, NONE, SINK, TAIL, MemoryShape
+from rfjax.memory.frames import FOREVER, Choice, FramePolicy, Stored
 from rfjax.memory.registry import register
 
 LARGEST_RESERVOIR = 10_000

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from rfjax.errors import UserError
-from rfjax.memory.base import FOREVER, SINK, TAIL, Choice, FramePolicy, MemoryShape, Stored, plain_choice
+from rfjax.memory.base import SINK, TAIL, MemoryShape
+from rfjax.memory.frames import FOREVER, Choice, FramePolicy, Stored, plain_choice
 from rfjax.memory.registry import register
 
 

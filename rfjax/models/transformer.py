@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from rfjax.config import TransformerConfig
 from rfjax.models.attention import attention
 from rfjax.models.layers import RMSNorm
-from rfjax.models.rope import rotate, rotation
+from rfjax.rope import rotate, rotation
 from rfjax.pytree import pytree
 
 
@@ -41,6 +41,18 @@ class AttendedMemory:
     values: Float[Array, "*L B S T C"]
     length: Int[Array, "B"]
     """How many of the S frames are valid."""
+
+
+@pytree()
+@dataclasses.dataclass(frozen=True)
+class Projections:
+    """What self-attention made of the frames given, before the rotary embedding, heads flattened."""
+
+    queries: Float[Array, "*L B F T C"]
+    """After the query norm."""
+    keys: Float[Array, "*L B F T C"]
+    """After the key norm."""
+    values: Float[Array, "*L B F T C"]
 
 
 class AffineNorm(nnx.Module):
@@ -96,24 +108,24 @@ class Block(nnx.Module):
         self.ffn = MLP(dim, config.ffn_dim, dim, jax.nn.gelu, rngs=rngs, param_dtype=param_dtype)
 
     def __call__(self, x, modulation, rope, text: TextContext, memory: AttendedMemory | None):
-        """Run the layer on tokens x [B, F, T, C]; also return the chunk's own keys (before rotation) and values."""
+        """Run the layer on tokens x [B, F, T, C]; also return its `Projections`."""
         e = modulation + self.modulation[...].astype(jnp.float32)
         shift1, scale1, gate1, shift2, scale2, gate2 = (e[:, :, None, i] for i in range(6))
 
         h = (layer_norm(x, self.config.eps) * (1 + scale1) + shift1).astype(x.dtype)
-        y, keys, values = self._self_attention(h, rope, memory)
+        y, projections = self._self_attention(h, rope, memory)
         x = x + (y * gate1).astype(x.dtype)
 
         x = x + self._cross_attention(self.cross_norm(x), text)
 
         h = (layer_norm(x, self.config.eps) * (1 + scale2) + shift2).astype(x.dtype)
         x = x + (self.ffn(h) * gate2).astype(x.dtype)
-        return x, keys, values
+        return x, projections
 
     def _self_attention(self, h, rope, memory: AttendedMemory | None):
         attn, frames = self.self_attn, h.shape[1]
-        keys, values = attn.norm_k(attn.k(h)), attn.v(h)
-        q, k = (rotate(self._heads(t), *rope) for t in (attn.norm_q(attn.q(h)), keys))
+        queries, keys, values = attn.norm_q(attn.q(h)), attn.norm_k(attn.k(h)), attn.v(h)
+        q, k = (rotate(self._heads(t), *rope) for t in (queries, keys))
         q, k, v = (rearrange(t, "b f t h d -> b (f t) h d") for t in (q, k, self._heads(values)))
         length = None
         if memory is not None:
@@ -124,7 +136,7 @@ class Block(nnx.Module):
             k, v = jnp.concatenate([k, past_k], axis=1), jnp.concatenate([v, past_v], axis=1)
         with jax.named_scope("self_attention"):
             out = attention(q, k, v, length)
-        return attn.o(rearrange(out, "b (f t) h d -> b f t (h d)", f=frames)), keys, values
+        return attn.o(rearrange(out, "b (f t) h d -> b f t (h d)", f=frames)), Projections(queries, keys, values)
 
     def _cross_attention(self, h, text: TextContext):
         attn, frames = self.cross_attn, h.shape[1]
@@ -173,8 +185,8 @@ class WanTransformer(nnx.Module):
         timestep: Float[Array, "B F"],
         text: TextContext,
         memory: AttendedMemory | None = None,
-        return_kv: bool = False,
-    ) -> tuple[Float[Array, "B F H W C_out"], tuple[Float[Array, "L B F T D"], Float[Array, "L B F T D"]] | None]:
+        return_projections: bool = False,
+    ) -> tuple[Float[Array, "B F H W C_out"], Projections | None]:
         """Predict the flow, in float32, of frames that stand at time positions 0 to F - 1.
 
         Args:
@@ -182,7 +194,7 @@ class WanTransformer(nnx.Module):
             timestep: in [0, 1000], one a frame.
             text: from `embed_text`.
             memory: remembered frames, rotated to their positions relative to the first frame given.
-            return_kv: also return keys (after the norm, before rotation) and values of every layer, for a memory.
+            return_projections: also return those of every layer, for a memory.
         """
         config = self.config
         batch, frames, height, width, _ = latents.shape
@@ -190,20 +202,20 @@ class WanTransformer(nnx.Module):
         dtype = self.patch_embedding.kernel[...].dtype
         x = self.patch_embedding(patchify(latents.astype(dtype), config.patch_size))
         embedding, modulation = self._embed_time(timestep)
-        positions = jnp.broadcast_to(jnp.arange(frames, dtype=jnp.int32), (batch, frames))
+        positions = jnp.broadcast_to(jnp.arange(frames, dtype=jnp.int32)[:, None], (batch, frames, 1))
         rope = rotation(positions, rows, columns, config.head_dim)
         graphdef, layers = nnx.split(self.blocks)
 
         def layer(x, scanned):
             params, text, keys, values = scanned
             attended = None if memory is None else AttendedMemory(keys, values, memory.length)
-            x, keys, values = nnx.merge(graphdef, params)(x, modulation, rope, text, attended)
-            return x, (keys, values) if return_kv else None
+            x, projections = nnx.merge(graphdef, params)(x, modulation, rope, text, attended)
+            return x, projections if return_projections else None
 
         remembered = (None, None) if memory is None else (memory.keys, memory.values)
-        x, kv = jax.lax.scan(layer, x, (layers, text, *remembered))
+        x, projections = jax.lax.scan(layer, x, (layers, text, *remembered))
         out = self.head(x, embedding).astype(jnp.float32)
-        return unpatchify(out, rows, columns, config.patch_size), kv
+        return unpatchify(out, rows, columns, config.patch_size), projections
 
     def embed_text(self, prompt_embeds: Float[Array, "B T D"]) -> TextContext:
         """Zero-pad prompt embeddings to the text length and project them to every layer's keys and values."""
@@ -234,11 +246,16 @@ def timestep_features(timestep: Float[Array, "B F"], dim: int) -> Float[Array, "
 
 
 def rotate_memory(
-    keys: Float[Array, "L B S T C"], positions: Int[Array, "B S"], rows: int, columns: int, config: TransformerConfig
+    keys: Float[Array, "L B S T C"],
+    positions: Int[Array, "Y B S P"],
+    places: Int[Array, "Y B S T"] | None,
+    rows: int,
+    columns: int,
+    config: TransformerConfig,
 ) -> Float[Array, "L B S T C"]:
-    """Turn remembered keys to their time positions."""
+    """Turn remembered keys to their positions; those of `rotation`, alike in all layers (Y = 1) or not (Y = L)."""
     heads = keys.reshape(*keys.shape[:-1], config.num_heads, config.head_dim)
-    return rotate(heads, *rotation(positions, rows, columns, config.head_dim)).reshape(keys.shape)
+    return rotate(heads, *rotation(positions, rows, columns, config.head_dim, places)).reshape(keys.shape)
 
 
 def patchify(latents: Float[Array, "B F H W C"], patch: tuple[int, ...]) -> Float[Array, "B F tokens volume"]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rfjax.config import ModelConfig
-from rfjax.memory import MemoryPolicy, MemoryShape, Trace, View
+from rfjax.memory import CleanChunk, MemoryPolicy, MemoryShape, Trace, View
 from rfjax.models.functional import AnyArray, Params, bind
 from rfjax.models.model import Model
 from rfjax.models.transformer import AttendedMemory, TextContext, WanTransformer, rotate_memory
@@ -124,14 +124,16 @@ def remember(
 def attend(config: ModelConfig, frame_size: tuple[int, int], view: View) -> AttendedMemory:
     """Rotate a view to its time positions, once a chunk, for all passes."""
     rows, columns = frame_size[0] // config.transformer.patch_size[1], frame_size[1] // config.transformer.patch_size[2]
-    keys = rotate_memory(view.keys, view.positions, rows, columns, config.transformer)
+    keys = rotate_memory(view.keys, view.positions, view.places, rows, columns, config.transformer)
     return AttendedMemory(keys, view.values, view.length)
 
 
 def _commit(config, policy, network, text, memory, state, latents):
     batch, frames = latents.shape[:2]
-    _, kv = network(latents, jnp.zeros((batch, frames), jnp.float32), text, memory, return_kv=True)
-    return RolloutState(policy.commit(state.memory, *kv, state.start), state.start + frames)
+    _, made = network(latents, jnp.zeros((batch, frames), jnp.float32), text, memory, return_projections=True)
+    indices = state.start[:, None] + jnp.arange(frames, dtype=jnp.int32)
+    chunk = CleanChunk(indices, made.queries, made.keys, made.values)
+    return RolloutState(policy.commit(state.memory, chunk), state.start + frames)
 
 
 def _noise_of(config: ModelConfig, frame_size: tuple[int, int], state: RolloutState, noise: ChunkNoise):
@@ -275,6 +277,7 @@ def memory_shape(config: ModelConfig, batch: int, frame_size: tuple[int, int]) -
         batch=batch,
         heads=config.transformer.num_heads,
         head_dim=config.transformer.head_dim,
-        frame_tokens=config.transformer.frame_tokens(*frame_size),
+        rows=frame_size[0] // config.transformer.patch_size[1],
+        columns=frame_size[1] // config.transformer.patch_size[2],
         chunk_frames=config.chunk_frames,
     )

@@ -148,8 +148,8 @@ def test_a_filled_memory_lets_relax_forcing_choose():
     policy = create("relax_forcing")
     state = parts.state_at(SMALL, (2, 2), 1, 60, "float32", policy, 500)
     view = policy.read(state.memory, state.start)
-    sink, tail, selected = (0, 1), 1499, int(view.trace.selected_frames[0, 0])
-    assert sorted(view.trace.frames[0].tolist()) == sorted([*sink, selected, tail])
+    sink, tail, selected = (0, 1), 1499, int(view.trace.selected_frames[0, 0, 0])
+    assert sorted(view.trace.frames[0, 0, :, 0].tolist()) == sorted([*sink, selected, tail])
     assert selected in (1442, 1456, 1470, 1484)
 
 

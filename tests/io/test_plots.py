@@ -16,8 +16,9 @@ SINK, HISTORY, TAIL, OWN, CANDIDATE, PAST = (
 
 
 def trace_of(frames: np.ndarray, roles: np.ndarray, candidates: np.ndarray) -> Trace:
-    attended, scored = jnp.asarray(frames), jnp.asarray(candidates)
-    return Trace(attended, attended, jnp.asarray(roles), scored[..., :0], scored, jnp.zeros(scored.shape))
+    attended, kinds = (jnp.asarray(entries)[:, :, None, :, None] for entries in (frames, roles))
+    scored = jnp.asarray(candidates)[:, :, None]
+    return Trace(attended, attended, kinds, scored[..., :0], scored, jnp.zeros(scored.shape))
 
 
 def relax_trace(chunks: int, samples: int = 1) -> Trace:

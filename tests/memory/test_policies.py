@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from transcriptions import attention_sink, relax, window
 
 from rfjax import memory
-from rfjax.memory import HISTORY, SINK, TAIL, MemoryShape
+from rfjax.memory import HISTORY, SINK, TAIL, CleanChunk, MemoryShape
 from rfjax.memory.relaxed import candidate_indices
 
-SHAPE = MemoryShape(layers=2, batch=2, heads=2, head_dim=4, frame_tokens=3, chunk_frames=3)
+SHAPE = MemoryShape(layers=2, batch=2, heads=2, head_dim=4, rows=1, columns=3, chunk_frames=3)
 
 
 def follow(policy, chunks, shape=SHAPE, seed=0):
@@ -30,14 +30,15 @@ def follow(policy, chunks, shape=SHAPE, seed=0):
         starts = jnp.full(shape.batch, start, jnp.int32)
         yield start, read(state, starts), history
         new = rng.normal(size=(shape.layers, shape.batch, shape.chunk_frames, *history.shape[3:])).astype(np.float32)
-        state = commit(state, jnp.asarray(new), jnp.asarray(-new), starts)
+        frames = starts[:, None] + jnp.arange(shape.chunk_frames)
+        state = commit(state, CleanChunk(frames, jnp.asarray(2 * new), jnp.asarray(new), jnp.asarray(-new)))
         history = np.concatenate([history, new.transpose(1, 2, 0, 3, 4)], axis=1)
 
 
 def attended(view, sample):
     """(frame, position) pairs of a sample in time order."""
     valid = np.asarray(view.valid[sample])
-    frames, positions = np.asarray(view.trace.frames[sample]), np.asarray(view.positions[sample])
+    frames, positions = np.asarray(view.trace.frames[sample, 0, :, 0]), np.asarray(view.positions[0, sample, :, 0])
     assert (frames[~valid] == -1).all()
     assert (frames[valid] >= 0).all()
     return sorted(zip(frames[valid].tolist(), positions[valid].tolist(), strict=True))
@@ -46,7 +47,7 @@ def attended(view, sample):
 def holds_its_frames(view, history):
     """Each valid slot holds the keys and values of the frame that it names."""
     for sample in range(history.shape[0]):
-        for slot, frame in enumerate(np.asarray(view.trace.frames[sample])):
+        for slot, frame in enumerate(np.asarray(view.trace.frames[sample, 0, :, 0])):
             if frame >= 0:
                 np.testing.assert_array_equal(view.keys[:, sample, slot], history[sample, frame])
                 np.testing.assert_array_equal(view.values[:, sample, slot], -history[sample, frame])
@@ -72,7 +73,7 @@ def test_attention_sink(sink, tail):
 
 def check_relax(policy_settings, chunks, seed=0, chunk_frames=3):
     policy = memory.create("relax_forcing", **policy_settings)
-    shape = MemoryShape(2, 2, 2, 4, 3, chunk_frames)
+    shape = MemoryShape(2, 2, 2, 4, 1, 3, chunk_frames)
     full = {
         "reservoir_frames": 120,
         "sink_frames": 2,
@@ -90,7 +91,7 @@ def check_relax(policy_settings, chunks, seed=0, chunk_frames=3):
         for sample in range(shape.batch):
             heads = history[sample, :, 0].reshape(-1, shape.frame_tokens, shape.heads, shape.head_dim)
             want = relax(dict(enumerate(heads)), start, chunk_frames, full)
-            trace = jax.tree.map(lambda leaf, sample=sample: np.asarray(leaf[sample]), view.trace)
+            trace = jax.tree.map(lambda leaf, sample=sample: np.asarray(leaf[sample, 0]), view.trace)
             got = [int(frame) for frame in trace.candidates if frame >= 0]
             assert got == want.candidates
             np.testing.assert_allclose(trace.scores[: len(got)], want.scores, atol=1e-5)
@@ -166,12 +167,12 @@ def test_redundancy_weight_is_traced():
 def test_samples_may_stand_at_different_chunks():
     """Continuous batching needs a start per sample: each then behaves as if it were alone."""
     policy = memory.create("relax_forcing", reservoir_frames=18)
-    shape = MemoryShape(1, 2, 2, 4, 3, 3)
+    shape = MemoryShape(1, 2, 2, 4, 1, 3, 3)
     rng = np.random.default_rng(1)
     read, commit = jax.jit(policy.read), jax.jit(policy.commit)
     keys = rng.normal(size=(1, 1, 30, 3, 8)).astype(np.float32)
     state = policy.init(shape, 60, jnp.float32)
-    lone = policy.init(MemoryShape(1, 1, 2, 4, 3, 3), 60, jnp.float32)
+    lone = policy.init(MemoryShape(1, 1, 2, 4, 1, 3, 3), 60, jnp.float32)
     for chunk in range(9):
         starts = jnp.asarray([3 * chunk, max(3 * (chunk - 2), 0)], jnp.int32)
         if chunk == 2:  # the second sample starts afresh
@@ -181,6 +182,7 @@ def test_samples_may_stand_at_different_chunks():
             first = jnp.asarray([3 * (chunk - 2)], jnp.int32)
             own, alone = read(state, starts), read(lone, first)
             np.testing.assert_array_equal(own.trace.frames[1], alone.trace.frames[0])
-            np.testing.assert_array_equal(own.positions[1], alone.positions[0])
-            lone = commit(lone, both[:, 1:], both[:, 1:], first)
-        state = commit(state, both, both, starts)
+            np.testing.assert_array_equal(own.positions[:, 1], alone.positions[:, 0])
+            own_chunk = both[:, 1:]
+            lone = commit(lone, CleanChunk(first[:, None] + jnp.arange(3), own_chunk, own_chunk, own_chunk))
+        state = commit(state, CleanChunk(starts[:, None] + jnp.arange(3), both, both, both))

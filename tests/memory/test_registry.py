@@ -6,7 +6,7 @@ from rfjax import memory
 from rfjax.errors import UserError
 from rfjax.memory import MemoryShape, footprint
 
-SHAPE = MemoryShape(layers=30, batch=1, heads=12, head_dim=128, frame_tokens=1560, chunk_frames=3)
+SHAPE = MemoryShape(layers=30, batch=1, heads=12, head_dim=128, rows=30, columns=52, chunk_frames=3)
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,9 @@ def test_timestep_features_against_float64():
 def test_rotated_memory_depends_on_differences_of_positions_alone(golden_config):
     config = golden_config.transformer
     keys = jax.random.normal(jax.random.key(0), (1, 1, 2, 12, 64))
-    near, far = (rotate_memory(keys, jnp.asarray([[a, a + 3]]), 3, 4, config) for a in (-4, 10**7))
+    near, far = (
+        rotate_memory(keys, jnp.asarray([a, a + 3])[None, None, :, None], None, 3, 4, config) for a in (-4, 10**7)
+    )
     products = [
         jnp.einsum("lbthd,lbshd->lbhts", *jnp.split(k.reshape(1, 1, 24, 2, 32), 2, axis=2)) for k in (near, far)
     ]

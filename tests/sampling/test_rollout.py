@@ -46,11 +46,11 @@ def test_selects_what_pytorch_selects(tiny_model, name):
     trace = rfjax.rollout(tiny_model, *positional, **named).trace
     want = golden_json(name)
     selected = dict(want["chunk_start_to_selected"])
-    for chunk, frames in enumerate(np.asarray(trace.selected_frames)[:, 0]):
+    for chunk, frames in enumerate(np.asarray(trace.selected_frames)[:, 0, 0]):
         assert [f for f in frames if f >= 0] == selected.get(3 * chunk, [])
     scored = [chunk for chunk in range(trace.scores.shape[0]) if 3 * chunk in selected]
     for chunk, expected in zip(scored, want["candidates_and_scores"], strict=True):
-        scores = np.asarray(trace.scores)[chunk, 0]
+        scores = np.asarray(trace.scores)[chunk, 0, 0]
         np.testing.assert_allclose(scores[~np.isnan(scores)], expected["scores"][0], atol=1e-4)
 
 

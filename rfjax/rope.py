@@ -26,28 +26,40 @@ def _angles(positions: Int[Array, "*shape"], pairs: int) -> Float[Array, "*shape
 
 
 def rotation(
-    positions: Int[Array, "B F"], rows: int, columns: int, head_dim: int
-) -> tuple[Float[Array, "B F T 1 pairs"], Float[Array, "B F T 1 pairs"]]:
-    """Cosines and sines that turn every token of frames at the given time positions, T = rows * columns.
+    positions: Int[Array, "*B F P"],
+    rows: int,
+    columns: int,
+    head_dim: int,
+    places: Int[Array, "*B F T"] | None = None,
+) -> tuple[Float[Array, "*B F T 1 pairs"], Float[Array, "*B F T 1 pairs"]]:
+    """Cosines and sines that turn every token of frames, T = rows * columns.
 
     Of the head_dim / 2 pairs the first `c - 2 * (c // 3)` turn with time, then `c // 3` with the row and `c // 3` with
     the column (Wan2.1, `wan/modules/model.py`: rope_params, rope_apply).
+
+    Args:
+        positions: on the time axis, of each token (P = T) or of whole frames (P = 1).
+        rows: of tokens in a frame.
+        columns: of tokens in a frame.
+        head_dim: channels of a head.
+        places: of each token in its frame, row by row; None where whole frames have all in order.
     """
-    pairs = head_dim // 2
+    pairs, tokens = head_dim // 2, rows * columns
     spatial = pairs // 3
-    batch, frames = positions.shape
-    time = _angles(positions, pairs - 2 * spatial)[:, :, None, None, :]
-    row = _angles(jnp.arange(rows), spatial)[:, None, :]
-    column = _angles(jnp.arange(columns), spatial)[None, :, :]
-    grid = (batch, frames, rows, columns)
-    angles = jnp.concatenate([jnp.broadcast_to(a, (*grid, a.shape[-1])) for a in (time, row, column)], axis=-1)
-    angles = angles.reshape(batch, frames, rows * columns, 1, pairs)
-    return jnp.cos(angles), jnp.sin(angles)
+    places = jnp.arange(tokens) if places is None else places
+    parts = (
+        _angles(positions, pairs - 2 * spatial),
+        _angles(places // columns, spatial),
+        _angles(places % columns, spatial),
+    )
+    shape = (*positions.shape[:-1], tokens)
+    angles = jnp.concatenate([jnp.broadcast_to(part, (*shape, part.shape[-1])) for part in parts], axis=-1)
+    return jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
 
 
 def rotate(
-    x: Float[Array, "*L B F T H D"], cos: Float[Array, "B F T 1 pairs"], sin: Float[Array, "B F T 1 pairs"]
-) -> Float[Array, "*L B F T H D"]:
+    x: Float[Array, "*B F T H D"], cos: Float[Array, "*#B F T 1 pairs"], sin: Float[Array, "*#B F T 1 pairs"]
+) -> Float[Array, "*B F T H D"]:
     """Turn each interleaved pair (2i, 2i + 1) of `x` by its angle; computed in float32, returned in x's type."""
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
