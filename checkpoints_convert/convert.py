@@ -17,7 +17,7 @@ from checkpoints_convert.names import Rule
 from checkpoints_convert.networks import NETWORKS, Network
 from checkpoints_convert.sources import Source, find_tokenizer, open_source
 from checkpoints_convert.tensors import StoredTensor
-from rfjax.config import ModelConfig, read_mapping
+from rfjax.config import ModelConfig, preset_path, read_mapping
 from rfjax.errors import UserError
 from rfjax.io.checkpoints import LazyArray, check_dtype, check_output, parameter_trees, save
 from rfjax.io.paths import existing_above
@@ -46,6 +46,7 @@ def convert(
     text_encoder: Path | None = None,
     tokenizer: Path | None = None,
     config: Path | None = None,
+    preset: str | None = None,
     dtype: str = "float32",
     report: Callable[[str], None] = print,
 ) -> ModelConfig:
@@ -59,6 +60,7 @@ def convert(
         text_encoder: File or folder of the text encoder.
         tokenizer: Folder of the tokenizer.
         config: YAML or JSON file whose settings take precedence over those read off the tensors.
+        preset: Instead, the name of such a file in `configs/convert`, which also names the transformer's state dict.
         dtype: `float32` or `bfloat16`, the type to write.
         report: Takes each line meant for the user.
 
@@ -70,11 +72,13 @@ def convert(
     """
     kind = check_dtype(dtype)
     target = check_output(output)
-    given = read_mapping(config) if config else {}
+    settings = preset_path("convert", preset) if preset else config
+    given = read_mapping(settings) if settings else {}
+    own_key = given.pop("transformer_key", None) if preset else None
     paths = {"transformer": transformer, "vae": vae, "text_encoder": text_encoder}
-    keys = {"transformer": transformer_key}
+    keys = {"transformer": transformer_key or own_key}
     opened = {name: _open(path, NETWORKS[name], keys.get(name)) for name, path in paths.items() if path is not None}
-    model_config = _configuration(opened, given, str(config) if config else "")
+    model_config = _configuration(opened, given, str(settings) if settings else "")
     trees = {
         name: _plan(opened[name], expected, model_config.transformer.patch_size, kind)
         for name, expected in parameter_trees(model_config).items()

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from rfjax.models.model import Model
     from rfjax.sampling.codec import decode, encode, encode_prompt, encode_tokens
     from rfjax.sampling.rollout import Chunk, Rollout, rollout, stream
+    from rfjax.sampling.switching import Switch
 
 __all__ = [
     "Chunk",
     "Model",
     "Rollout",
+    "Switch",
     "UserError",
     "decode",
     "encode",
@@ -38,6 +40,7 @@ _HOMES = {
     **dict.fromkeys(("Chunk", "Rollout", "rollout", "stream"), "rfjax.sampling.rollout"),
     **dict.fromkeys(("decode", "encode", "encode_prompt", "encode_tokens"), "rfjax.sampling.codec"),
     "Model": "rfjax.models.model",
+    "Switch": "rfjax.sampling.switching",
     "load": "rfjax.io.checkpoints",
 }
 

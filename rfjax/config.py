@@ -235,7 +235,9 @@ class ModelConfig(_Config):
     chunk_frames: int = 3
     """Latent frames denoised together."""
     denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)
-    """Few-step list before warping by the timestep shift."""
+    """Few-step list."""
+    warp_denoising_steps: bool = True
+    """Whether the timestep shift warps that list (Self-Forcing), or it is in timesteps already (CausVid)."""
     timestep_shift: float = 5.0
     latent_height: int = 60
     """Rows of a latent frame where the user names no size."""
@@ -243,7 +245,7 @@ class ModelConfig(_Config):
     description: str = ""
     """Shown when the checkpoint is used, for instance that its weights are random."""
 
-    _aliases = types.MappingProxyType({"text_encoder": "umt5"})
+    _aliases = types.MappingProxyType({"text_encoder": "umt5", "warp_denoising_step": "warp_denoising_steps"})
 
     def __post_init__(self):
         steps = self.denoising_steps

@@ -13,7 +13,8 @@ from rfjax.models import attention
 from rfjax.models.functional import abstract_params, bind
 from rfjax.models.transformer import WanTransformer
 from rfjax.sampling.request import ChunkNoise
-from rfjax.sampling.rollout import RolloutState, chunk_step, memory_shape, step
+from rfjax.sampling.rollout import chunk_step, step
+from rfjax.sampling.state import empty_state, memory_shape
 
 CONFIG = load_model_config(preset_path("models", "wan_1_3b"))
 SIZE = (CONFIG.latent_height, CONFIG.latent_width)
@@ -28,7 +29,7 @@ def abstract_arguments(policy, dtype):
 
     def make(params):
         text = bind(WanTransformer, network, params).embed_text(jnp.zeros((1, network.text_len, network.text_dim)))
-        state = RolloutState(policy.init(SHAPE, 120, dtype), jnp.zeros(1, jnp.int32))
+        state = empty_state(policy, SHAPE, 120, dtype, (*SIZE, network.in_dim))
         return text, state, ChunkNoise(jax.random.split(jax.random.key(0), 1), None, None)
 
     return policy, params, *jax.eval_shape(make, params)

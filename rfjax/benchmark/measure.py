@@ -14,7 +14,7 @@ from rfjax.memory import Footprint, MemoryPolicy, MemoryShape, footprint
 from rfjax.models.functional import abstract_params
 from rfjax.models.text_encoder import UMT5Encoder
 from rfjax.sampling.budget import GB, VideoShape, estimate
-from rfjax.sampling.rollout import memory_shape
+from rfjax.sampling.state import memory_shape
 
 TEXT_ENCODER_ON_CPU = 10**9
 """Bytes of weights up to which the text encoder is measured on a CPU."""

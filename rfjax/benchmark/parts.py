@@ -3,6 +3,7 @@
 Each part does what `rfjax.sampling.rollout.chunk_step` does at that place, through the same public functions.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,7 @@ from rfjax.models.attention import attention
 from rfjax.models.functional import Params, abstract_params, bind
 from rfjax.models.transformer import AttendedMemory, TextContext, WanTransformer
 from rfjax.models.vae import DecoderCache, decode_next
-from rfjax.sampling.rollout import RolloutState, attend, memory_shape
+from rfjax.sampling.state import RolloutState, attend, empty_state, memory_shape, read_memory
 
 
 def random_weights(network: Callable[..., nnx.Module], config: Any, dtype: Any) -> Params:
@@ -44,7 +45,7 @@ def gather(
     config: ModelConfig, frame_size: tuple[int, int], policy: MemoryPolicy, state: RolloutState
 ) -> AttendedMemory:
     """Choose, gather and rotate what the next chunk attends to."""
-    return attend(config, frame_size, policy.read(state.memory, state.start))
+    return attend(config, frame_size, read_memory(policy, state))
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -77,7 +78,7 @@ def clean_pass(
     assert made is not None
     indices = state.start[:, None] + jnp.arange(frames)
     chunk = CleanChunk(indices, made.queries, made.keys, made.values)
-    return RolloutState(policy.commit(state.memory, chunk), state.start + frames)
+    return dataclasses.replace(state, memory=policy.commit(state.memory, chunk), start=state.start + frames)
 
 
 @jax.jit
@@ -121,5 +122,7 @@ def state_at(
         frames = jnp.full((batch, 1), index * shape.chunk_frames) + jnp.arange(shape.chunk_frames)
         return policy.commit(memory, CleanChunk(frames, kv, kv, kv))
 
-    memory = jax.lax.fori_loop(0, chunk, add, policy.init(shape, video_frames, dtype))
-    return RolloutState(memory, jnp.full(batch, chunk * shape.chunk_frames))
+    latent_shape = (*frame_size, config.transformer.in_dim)
+    state = empty_state(policy, shape, video_frames, dtype, latent_shape)
+    memory = jax.lax.fori_loop(0, chunk, add, state.memory)
+    return dataclasses.replace(state, memory=memory, start=jnp.full(batch, chunk * shape.chunk_frames))

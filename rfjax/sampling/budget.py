@@ -17,7 +17,7 @@ from rfjax.models.functional import abstract_params
 from rfjax.models.text_encoder import UMT5Encoder
 from rfjax.models.transformer import WanTransformer
 from rfjax.models.vae import WanVAE, decode_init
-from rfjax.sampling.rollout import memory_shape
+from rfjax.sampling.state import memory_shape
 
 GB = 1e9
 

@@ -1,6 +1,7 @@
 """What a rollout is asked for, checked: every mistake is found here, before anything is computed."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from rfjax.config import ModelConfig
 from rfjax.errors import UserError
 from rfjax.models.functional import AnyArray
 from rfjax.pytree import pytree
+from rfjax.sampling.switching import WINDOW_CHUNKS, Switch
 
 
 @pytree()
@@ -24,6 +26,14 @@ class ChunkNoise:
     renoise: Float[Array, "*chunks steps B n H W C"] | None
     """Added after every denoising step but the last."""
 
+    def at(self, chunk: int) -> "ChunkNoise":
+        """Return the noise of one chunk."""
+        return ChunkNoise(self.keys, *(None if a is None else a[chunk] for a in (self.initial, self.renoise)))
+
+    def part(self, first: int, end: int) -> "ChunkNoise":
+        """Return the noise of the chunks from `first` to before `end`."""
+        return ChunkNoise(self.keys, *(None if a is None else a[first:end] for a in (self.initial, self.renoise)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
@@ -35,11 +45,17 @@ class Sizes:
     """Frames of the given beginning."""
     chunk_frames: int
     """Latent frames generated together."""
+    recent_frames: int
+    """Newest latents that the rollout's state keeps for a change of prompt."""
 
     @property
     def chunks(self) -> int:
         """How many chunks are generated."""
         return self.generated[1] // self.chunk_frames
+
+    def chunk_at(self, start: int) -> int:
+        """Return which of the generated chunks begins with that frame of the video."""
+        return (start - self.given_frames) // self.chunk_frames
 
     @property
     def video_frames(self) -> int:
@@ -59,6 +75,7 @@ def request_of(
     renoise: Float[AnyArray, "chunks steps B n H W C"] | None,
     key: Array | None,
     initial_latents: Float[AnyArray, "B G H W C"] | None,
+    switches: Sequence[Switch] = (),
 ) -> tuple[Sizes, ChunkNoise]:
     """Return a rollout's sizes, and its noise with a chunks axis on what is given.
 
@@ -89,7 +106,9 @@ def request_of(
     keys = None if key is None else sample_keys(key, batch)
     initial = None if isinstance(noise, tuple) else chunks_of(noise, config.chunk_frames).astype(jnp.float32)
     later_noise = None if renoise is None else jnp.asarray(renoise, jnp.float32)
-    return Sizes(tuple(shape), given, config.chunk_frames), ChunkNoise(keys, initial, later_noise)
+    _check_switches(config, switches, shape, given)
+    recent = WINDOW_CHUNKS * config.chunk_frames if any(switch.recache for switch in switches) else 0
+    return Sizes(tuple(shape), given, config.chunk_frames, recent), ChunkNoise(keys, initial, later_noise)
 
 
 def _check_shapes(config: ModelConfig, prompt_embeds, shape, given: int) -> None:
@@ -104,15 +123,34 @@ def _check_shapes(config: ModelConfig, prompt_embeds, shape, given: int) -> None
     for name, size, patch in zip(("height", "width"), shape[2:4], network.patch_size[1:], strict=True):
         if size < patch or size % patch:
             raise UserError(f"latent {name} is {size}; a multiple of the patch's {patch} is needed")
-    if prompt_embeds.ndim != 3:
-        raise UserError(f"prompt_embeds has shape {prompt_embeds.shape}; [B, tokens, {network.text_dim}] is needed")
-    if prompt_embeds.shape[0] != shape[0]:
-        raise UserError(f"prompt_embeds has {prompt_embeds.shape[0]} samples and noise {shape[0]}; they must be equal")
-    if prompt_embeds.shape[1] > network.text_len or prompt_embeds.shape[2] != network.text_dim:
+    _check_embeds(config, "prompt_embeds", prompt_embeds, shape[0])
+
+
+def _check_embeds(config: ModelConfig, name: str, embeds, batch: int) -> None:
+    network = config.transformer
+    if embeds.ndim != 3:
+        raise UserError(f"{name} has shape {embeds.shape}; [B, tokens, {network.text_dim}] is needed")
+    if embeds.shape[0] != batch:
+        raise UserError(f"{name} has {embeds.shape[0]} samples and noise {batch}; they must be equal")
+    if embeds.shape[1] > network.text_len or embeds.shape[2] != network.text_dim:
         raise UserError(
-            f"prompt_embeds has {prompt_embeds.shape[1]} tokens of width {prompt_embeds.shape[2]}; the transformer "
-            f"takes at most {network.text_len} of width {network.text_dim}"
+            f"{name} has {embeds.shape[1]} tokens of width {embeds.shape[2]}; the transformer takes at most "
+            f"{network.text_len} of width {network.text_dim}"
         )
+
+
+def _check_switches(config: ModelConfig, switches: Sequence[Switch], shape, given: int) -> None:
+    end, before = given + shape[1], given
+    for number, switch in enumerate(switches):
+        name = f"switches[{number}]"
+        if switch.start % config.chunk_frames:
+            raise UserError(
+                f"{name} starts at frame {switch.start}; a multiple of the chunk's {config.chunk_frames} is needed"
+            )
+        if not before < switch.start < end:
+            raise UserError(f"{name} starts at frame {switch.start}; a frame after {before} and before {end} is needed")
+        _check_embeds(config, f"{name}: prompt_embeds", switch.prompt_embeds, shape[0])
+        before = switch.start
 
 
 def sample_keys(key: Array, batch: int) -> Key[Array, "B"]:

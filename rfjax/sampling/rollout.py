@@ -9,32 +9,22 @@ Source: Self-Forcing `pipeline/causal_inference.py`.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from rfjax.config import ModelConfig
-from rfjax.memory import CleanChunk, MemoryPolicy, MemoryShape, Trace, View
+from rfjax.memory import CleanChunk, MemoryPolicy, Trace
 from rfjax.models.functional import AnyArray, Params, bind
 from rfjax.models.model import Model
-from rfjax.models.transformer import AttendedMemory, TextContext, WanTransformer, rotate_memory
+from rfjax.models.transformer import TextContext, WanTransformer
 from rfjax.pytree import pytree
-from rfjax.sampling.request import ChunkNoise, chunks_of, request_of
-from rfjax.sampling.schedule import add_noise, sigma_at, warp
-
-
-@pytree()
-@dataclasses.dataclass(frozen=True)
-class RolloutState:
-    """Everything that passes from one chunk to the next."""
-
-    memory: Any
-    """The policy's state."""
-    start: Int[Array, "B"]
-    """Index of the first frame of the chunk to come, for each sample."""
+from rfjax.sampling.request import ChunkNoise, Sizes, chunks_of, request_of
+from rfjax.sampling.schedule import add_noise, few_steps, sigma_at
+from rfjax.sampling.state import RolloutState, attend, empty_state, memory_shape, read_memory
+from rfjax.sampling.switching import Switch, recached_frames, switch_prompt
 
 
 @pytree()
@@ -80,10 +70,10 @@ def chunk_step(
         state: from `begin`, `remember` or the step before.
         noise: keys, or this chunk's own noise without the chunks axis.
     """
-    view = policy.read(state.memory, state.start)
+    view = read_memory(policy, state)
     memory = attend(config, frame_size, view)
     network = bind(WanTransformer, config.transformer, params)
-    steps = warp(config.denoising_steps, config.timestep_shift)
+    steps = few_steps(config)
     sigmas = sigma_at(jnp.asarray(steps), config.timestep_shift)
     initial, renoise = _noise_of(config, frame_size, state, noise)
     batch, frames = initial.shape[:2]
@@ -116,16 +106,9 @@ def remember(
     latents: Float[Array, "B n H W C"],
 ) -> RolloutState:
     """Take one given chunk into the memory through the clean pass alone (video continuation)."""
-    memory = attend(config, frame_size, policy.read(state.memory, state.start))
+    memory = attend(config, frame_size, read_memory(policy, state))
     network = bind(WanTransformer, config.transformer, params)
     return _commit(config, policy, network, text, memory, state, latents)
-
-
-def attend(config: ModelConfig, frame_size: tuple[int, int], view: View) -> AttendedMemory:
-    """Rotate a view to its time positions, once a chunk, for all passes."""
-    rows, columns = frame_size[0] // config.transformer.patch_size[1], frame_size[1] // config.transformer.patch_size[2]
-    keys = rotate_memory(view.keys, view.positions, view.places, rows, columns, config.transformer)
-    return AttendedMemory(keys, view.values, view.length)
 
 
 def _commit(config, policy, network, text, memory, state, latents):
@@ -133,7 +116,12 @@ def _commit(config, policy, network, text, memory, state, latents):
     _, made = network(latents, jnp.zeros((batch, frames), jnp.float32), text, memory, return_projections=True)
     indices = state.start[:, None] + jnp.arange(frames, dtype=jnp.int32)
     chunk = CleanChunk(indices, made.queries, made.keys, made.values)
-    return RolloutState(policy.commit(state.memory, chunk), state.start + frames)
+    return RolloutState(
+        memory=policy.commit(state.memory, chunk),
+        start=state.start + frames,
+        gap=jnp.zeros_like(state.gap),
+        recent=jnp.concatenate([state.recent, latents], axis=1)[:, frames:],
+    )
 
 
 def _noise_of(config: ModelConfig, frame_size: tuple[int, int], state: RolloutState, noise: ChunkNoise):
@@ -167,29 +155,36 @@ step = jax.jit(chunk_step, static_argnames=("config", "frame_size"), donate_argn
 _remember = jax.jit(remember, static_argnames=("config", "frame_size"), donate_argnames="state")
 
 
-@functools.partial(jax.jit, static_argnames=("config", "frame_size", "video_frames", "dtype"))
-def _begin(config, frame_size, video_frames, dtype, policy, params, prompt_embeds):
+@functools.partial(jax.jit, static_argnames=("config", "sizes", "dtype"))
+def _begin(config, sizes, dtype, policy, params, prompt_embeds):
     # The state comes out of one program with the text, so that it lies where the parameters lie from the first step on.
     text = encode_text(config, params, prompt_embeds)
-    shape = memory_shape(config, prompt_embeds.shape[0], frame_size)
-    return text, RolloutState(policy.init(shape, video_frames, dtype), jnp.zeros(shape.batch, jnp.int32))
+    shape = memory_shape(config, prompt_embeds.shape[0], sizes.frame_size)
+    return text, empty_state(policy, shape, sizes.video_frames, dtype, sizes.generated[2:], sizes.recent_frames)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sizes", "dtype"))
-def _whole(config, sizes, dtype, policy, params, prompt_embeds, given, noise):
-    """Take in the given chunks [G, B, n, ...] and generate all others, as one program."""
-    text, state = _begin(config, sizes.frame_size, sizes.video_frames, dtype, policy, params, prompt_embeds)
+@functools.partial(jax.jit, static_argnames=("config", "sizes", "dtype", "chunks"))
+def _whole(config, sizes, dtype, policy, params, prompt_embeds, given, noise, chunks):
+    """Take in the given chunks [G, B, n, ...] and generate `chunks` others, as one program."""
+    text, state = _begin(config, sizes, dtype, policy, params, prompt_embeds)
 
     def take_in(state, latents):
         return remember(config, sizes.frame_size, policy, params, text, state, latents), None
 
-    def generate(state, noise_of_chunk):
-        own = dataclasses.replace(noise, initial=noise_of_chunk[0], renoise=noise_of_chunk[1])
-        return chunk_step(config, sizes.frame_size, policy, params, text, state, own)
-
     if given is not None:
         state, _ = jax.lax.scan(take_in, state, given)
-    return jax.lax.scan(generate, state, (noise.initial, noise.renoise), length=sizes.chunks)[1]
+    return _generate(config, sizes.frame_size, policy, params, text, state, noise, chunks)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "frame_size", "chunks"), donate_argnames="state")
+def _generate(config, frame_size, policy, params, text, state, noise, chunks):
+    """Generate the next chunks, as one program; the state given is consumed."""
+
+    def generate(state, noise_of_chunk):
+        own = dataclasses.replace(noise, initial=noise_of_chunk[0], renoise=noise_of_chunk[1])
+        return chunk_step(config, frame_size, policy, params, text, state, own)
+
+    return jax.lax.scan(generate, state, (noise.initial, noise.renoise), length=chunks)
 
 
 def rollout(
@@ -201,8 +196,9 @@ def rollout(
     renoise: Float[AnyArray, "chunks steps B n H W C"] | None = None,
     key: Array | None = None,
     initial_latents: Float[AnyArray, "B G H W C"] | None = None,
+    switches: Sequence[Switch] = (),
 ) -> Rollout:
-    """Generate a whole video per sample as one compiled program.
+    """Generate a whole video per sample as one compiled program, or one for each stretch of a prompt.
 
     Args:
         model: from `rfjax.load`.
@@ -213,14 +209,24 @@ def rollout(
         key: one key, from which each sample's follows, or an array of B keys. A sample's video depends on its key
             alone: neither on the batch it is in nor on how long the video goes on.
         initial_latents: a given beginning of G frames that the video continues.
+        switches: changes of prompt, in the order of time.
 
     Raises:
-        UserError: shapes that do not fit the model or each other, or noise to draw and no key.
+        UserError: shapes that do not fit the model or each other, noise to draw and no key, or switches out of order.
     """
-    sizes, drawn = request_of(model.config, prompt_embeds, noise, renoise, key, initial_latents)
-    given = None if initial_latents is None else chunks_of(initial_latents, model.config.chunk_frames)
+    sizes, drawn = request_of(model.config, prompt_embeds, noise, renoise, key, initial_latents, switches)
+    config, frame_size, params = model.config, sizes.frame_size, model.transformer
+    given = None if initial_latents is None else chunks_of(initial_latents, config.chunk_frames)
     dtype, embeds = jnp.dtype(model.dtype), jnp.asarray(prompt_embeds)
-    chunks = _whole(model.config, sizes, dtype, policy, model.transformer, embeds, given, drawn)
+    ends = [sizes.chunk_at(switch.start) for switch in switches] + [sizes.chunks]
+    state, chunks = _whole(config, sizes, dtype, policy, params, embeds, given, drawn.part(0, ends[0]), ends[0])
+    parts = [chunks]
+    for switch, begin, end in zip(switches, ends, ends[1:], strict=False):
+        text, state = _switched(model, policy, sizes, switch, state)
+        own = drawn.part(begin, end)
+        state, chunks = _generate(config, frame_size, policy, params, text, state, own, end - begin)
+        parts.append(chunks)
+    chunks = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts) if switches else chunks
     latents = jnp.moveaxis(chunks.latents, 0, 1).reshape(sizes.generated)
     if initial_latents is not None:
         latents = jnp.concatenate([jnp.asarray(initial_latents, latents.dtype), latents], axis=1)
@@ -236,6 +242,7 @@ def stream(
     renoise: Float[AnyArray, "chunks steps B n H W C"] | None = None,
     key: Array | None = None,
     initial_latents: Float[AnyArray, "B G H W C"] | None = None,
+    switches: Sequence[Switch] = (),
 ) -> Iterator[Chunk]:
     """Generate the same video as `rollout`, chunk by chunk; given frames are not repeated.
 
@@ -243,41 +250,32 @@ def stream(
     computed. With `noise` a shape, memory does not grow with the length of the video. Arguments and errors are those
     of `rollout`.
     """
-    sizes, drawn = request_of(model.config, prompt_embeds, noise, renoise, key, initial_latents)
-    return _stream(model, policy, prompt_embeds, sizes, drawn, initial_latents)
+    sizes, drawn = request_of(model.config, prompt_embeds, noise, renoise, key, initial_latents, switches)
+    return _stream(model, policy, prompt_embeds, sizes, drawn, initial_latents, switches)
 
 
-def _stream(model, policy, prompt_embeds, sizes, noise, initial_latents):
-    text, state = begin(model, policy, prompt_embeds, sizes.video_frames, sizes.frame_size)
-    arguments = (model.config, sizes.frame_size, policy, model.transformer, text)
+def _stream(model, policy, prompt_embeds, sizes, noise, initial_latents, switches):
+    text, state = begin(model, policy, prompt_embeds, sizes)
+    shared = (model.config, sizes.frame_size, policy, model.transformer)
     for latents in () if initial_latents is None else chunks_of(initial_latents, model.config.chunk_frames):
-        state = _remember(*arguments, state, latents)
+        state = _remember(*shared, text, state, latents)
+    due = {sizes.chunk_at(switch.start): switch for switch in switches}
     for index in range(sizes.chunks):
-        initial, renoise = (None if given is None else given[index] for given in (noise.initial, noise.renoise))
-        state, chunk = step(*arguments, state, ChunkNoise(noise.keys, initial, renoise))
+        if index in due:
+            text, state = _switched(model, policy, sizes, due[index], state)
+        state, chunk = step(*shared, text, state, noise.at(index))
         yield chunk
 
 
+def _switched(model, policy, sizes, switch, state):
+    """Return the text and the state after a change of prompt."""
+    frames = recached_frames(switch.start, model.config.chunk_frames) if switch.recache else 0
+    embeds = jnp.asarray(switch.prompt_embeds)
+    return switch_prompt(model.config, sizes.frame_size, frames, switch.cut, policy, model.transformer, embeds, state)
+
+
 def begin(
-    model: Model,
-    policy: MemoryPolicy,
-    prompt_embeds: Float[AnyArray, "B T D"],
-    video_frames: int,
-    frame_size: tuple[int, int],
+    model: Model, policy: MemoryPolicy, prompt_embeds: Float[AnyArray, "B T D"], sizes: Sizes
 ) -> tuple[TextContext, RolloutState]:
     """Return the prompts' cross-attention context and the empty state of a rollout."""
-    dtype = jnp.dtype(model.dtype)
-    return _begin(model.config, frame_size, video_frames, dtype, policy, model.transformer, jnp.asarray(prompt_embeds))
-
-
-def memory_shape(config: ModelConfig, batch: int, frame_size: tuple[int, int]) -> MemoryShape:
-    """Sizes of the memory of a batch of videos of that latent height and width."""
-    return MemoryShape(
-        layers=config.transformer.num_layers,
-        batch=batch,
-        heads=config.transformer.num_heads,
-        head_dim=config.transformer.head_dim,
-        rows=frame_size[0] // config.transformer.patch_size[1],
-        columns=frame_size[1] // config.transformer.patch_size[2],
-        chunk_frames=config.chunk_frames,
-    )
+    return _begin(model.config, sizes, jnp.dtype(model.dtype), policy, model.transformer, jnp.asarray(prompt_embeds))

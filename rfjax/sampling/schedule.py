@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from rfjax.config import ModelConfig
+
 STEPS = 1000
 
 
@@ -23,6 +25,12 @@ def timesteps(shift: float) -> np.ndarray:
 def warp(steps: tuple[int, ...], shift: float) -> np.ndarray:
     """Timesteps of a few-step list such as (1000, 750, 500, 250): grid entry `1000 - step` of each, float32."""
     return timesteps(shift)[STEPS - np.asarray(steps)]
+
+
+def few_steps(config: ModelConfig) -> np.ndarray:
+    """Timesteps at which a model denoises, float32: its few-step list, warped unless it is given as timesteps."""
+    steps = config.denoising_steps
+    return warp(steps, config.timestep_shift) if config.warp_denoising_steps else np.asarray(steps, np.float32)
 
 
 def sigma_at(timestep: Float[Array, "*shape"], shift: float) -> Float[Array, "*shape"]:

@@ -134,7 +134,7 @@ def test_continuing_a_video_gives_the_video(tiny_model):
 def test_attention_far_beyond_1024_frames_is_that_of_the_beginning(tiny_model):
     """The same memory with all indices moved gives the same chunk: there is no last frame."""
     policy = memory.create("self_forcing", window_frames=9)
-    text, state = module.begin(tiny_model, policy, context(), 30, (6, 8))
+    text, state = module.begin(tiny_model, policy, context(), module.Sizes((1, 30, 6, 8, 4), 0, 3, 0))
     step = jax.jit(module.chunk_step, static_argnums=(0, 1))
     noise = np.asarray(golden("rollout_dense")["noise"][:1, :3])
     given = module.ChunkNoise(None, jnp.asarray(noise), jnp.asarray(golden("rollout_dense")["renoise"][0, :, :1]))
@@ -153,7 +153,7 @@ def test_attention_far_beyond_1024_frames_is_that_of_the_beginning(tiny_model):
 
 def test_the_step_updates_its_memory_in_place(tiny_model):
     policy = memory.create("relax_forcing")
-    text, state = module.begin(tiny_model, policy, context(), 30, (6, 8))
+    text, state = module.begin(tiny_model, policy, context(), module.Sizes((1, 30, 6, 8, 4), 0, 3, 0))
     keys = module.ChunkNoise(jax.random.split(jax.random.key(0), 1), None, None)
     compiled = module.step.lower(tiny_model.config, (6, 8), policy, tiny_model.transformer, text, state, keys).compile()
     store = state.memory.keys.nbytes + state.memory.values.nbytes

@@ -1,0 +1,84 @@
+"""What passes from chunk to chunk, and how it is attended."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from rfjax.config import ModelConfig
+from rfjax.memory import MemoryPolicy, MemoryShape, View
+from rfjax.models.transformer import AttendedMemory, rotate_memory
+from rfjax.pytree import pytree
+
+
+@pytree()
+@dataclasses.dataclass(frozen=True)
+class RolloutState:
+    """Everything that passes from one chunk to the next."""
+
+    memory: Any
+    """The policy's state."""
+    start: Int[Array, "B"]
+    """Index of the first frame of the chunk to come, for each sample."""
+    gap: Int[Array, "B"]
+    """How much further than usual the next chunk stands from all it remembers, in frames (a scene cut)."""
+    recent: Float[Array, "B R H W C"]
+    """Newest latents, where a later change of prompt needs them (R = 0 where none does)."""
+
+
+def empty_state(
+    policy: MemoryPolicy,
+    shape: MemoryShape,
+    video_frames: int,
+    dtype: DTypeLike,
+    latent_shape: tuple[int, ...],
+    recent_frames: int = 0,
+) -> RolloutState:
+    """Return the state before a video's first chunk.
+
+    Args:
+        policy: decides what is kept.
+        shape: of the memory, from `memory_shape`.
+        video_frames: latent frames of the whole video.
+        dtype: of keys and values.
+        latent_shape: [H, W, C] of a latent frame.
+        recent_frames: newest latents to be kept for a change of prompt.
+    """
+    none = jnp.zeros(shape.batch, jnp.int32)
+    recent = jnp.zeros((shape.batch, recent_frames, *latent_shape), jnp.float32)
+    return RolloutState(policy.init(shape, video_frames, dtype), none, none, recent)
+
+
+def read_memory(policy: MemoryPolicy, state: RolloutState) -> View:
+    """Gather what the next chunk attends to, at the positions where it attends to it."""
+    view = policy.read(state.memory, state.start)
+    trace = dataclasses.replace(view.trace, positions=view.trace.positions - state.gap[:, None, None, None])
+    return dataclasses.replace(view, positions=view.positions - state.gap[None, :, None, None], trace=trace)
+
+
+def attend(config: ModelConfig, frame_size: tuple[int, int], view: View) -> AttendedMemory:
+    """Rotate a view to its time positions, once a chunk, for all passes."""
+    rows, columns = token_grid(config, frame_size)
+    keys = rotate_memory(view.keys, view.positions, view.places, rows, columns, config.transformer)
+    return AttendedMemory(keys, view.values, view.length)
+
+
+def memory_shape(config: ModelConfig, batch: int, frame_size: tuple[int, int]) -> MemoryShape:
+    """Sizes of the memory of a batch of videos of that latent height and width."""
+    rows, columns = token_grid(config, frame_size)
+    return MemoryShape(
+        layers=config.transformer.num_layers,
+        batch=batch,
+        heads=config.transformer.num_heads,
+        head_dim=config.transformer.head_dim,
+        rows=rows,
+        columns=columns,
+        chunk_frames=config.chunk_frames,
+    )
+
+
+def token_grid(config: ModelConfig, frame_size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of tokens in a frame of that latent height and width."""
+    _, rows, columns = config.transformer.patch_size
+    return frame_size[0] // rows, frame_size[1] // columns
