@@ -3,8 +3,8 @@
 import hashlib
 import re
 
-_LIMIT = 255
-"""Bytes of a file name that every common file system allows."""
+_LIMIT = 240
+"""Bytes of a file name: file systems allow 255, and VBench-Long appends to the name."""
 
 _FORBIDDEN = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -12,12 +12,13 @@ _FORBIDDEN = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\u2028\u2029]")
 def output_name(prompt: str, sample: int, suffix: str) -> str:
     """Return `<prompt>-<sample><suffix>`, the prompt verbatim wherever a file name can hold it.
 
-    Path separators, control characters and a leading dot become `_`, and what exceeds 255 bytes of UTF-8 is cut. A
+    Path separators, control characters and a leading dot become `-` (at `_` VBench-Long would cut the name), and what
+    exceeds 240 bytes of UTF-8 is cut. A
     prompt changed in one of these ways is followed by `~` and eight characters of its hash, so that two prompts never
     share a name.
     """
     ending = f"-{sample}{suffix}"
-    stem = re.sub(r"^\.", "_", _FORBIDDEN.sub("_", prompt))
+    stem = re.sub(r"^\.", "-", _FORBIDDEN.sub("-", prompt))
     room = _LIMIT - len(ending.encode())
     if stem == prompt and len(stem.encode()) <= room:
         return stem + ending

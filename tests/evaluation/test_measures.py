@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from rfjax.errors import UserError
 from rfjax.evaluation.measures import SCALARS, SERIES, Measures, measure
+from rfjax.evaluation.repetition import returns
 from rfjax.io.video import VideoWriter
 from rfjax.io.video_reader import read_frames
 
-FPS = 16
+FPS = 8
 LEVELS = st.integers(0, 255)
 
 
@@ -65,7 +66,7 @@ def test_motion_does_not_depend_on_the_frame_rate():
 
 
 def test_motion_of_each_second():
-    video = np.concatenate([panned(2, 33), np.repeat(panned(2, 33)[-1:], 31, axis=0)])
+    video = np.concatenate([panned(2, 17), np.repeat(panned(2, 17)[-1:], 15, axis=0)])
     series = measure(video, FPS).motion_series
     assert series[:2] == pytest.approx([2 * FPS / np.hypot(72, 128)] * 2, rel=0.1)
     assert series[3] == 0
@@ -132,7 +133,7 @@ def test_colour_drift_of_plain_grey_is_the_difference_in_lightness(first, second
         return 116 * np.cbrt(linear) - 16 if linear > 216 / 24389 else 24389 / 27 * linear
 
     series = measure(levels(first, first, second, second), 2.0).colour_drift_series
-    assert series == pytest.approx([0, abs(lightness(first) - lightness(second))], abs=0.1)
+    assert series == pytest.approx([0, abs(lightness(first) - lightness(second))], abs=0.4)  # OpenCV interpolates
 
 
 def test_colour_drift_counts_means_and_deviations_of_all_channels():
@@ -159,22 +160,36 @@ def test_sharpness_is_the_variance_of_the_laplacian():
     assert second < first / 4
 
 
-@pytest.mark.parametrize("period", [13, 32, 53, 80])
+def test_repetition_is_its_formula():
+    fps, frames = 5, 140  # more than one block
+    frequency = np.random.default_rng(0).uniform(0.05, 0.3, (2, 3))
+    video = (128 + 60 * np.sin(frequency * np.arange(frames)[:, None, None])).astype(np.uint8)
+    seconds = {t: video[t - fps + 1 : t + 1].astype(float) for t in range(fps - 1, frames)}
+    expected = np.full(frames, np.nan)
+    for t in range(3 * fps - 1, frames):
+        distance = {s: np.sqrt(np.mean((seconds[s] - seconds[t]) ** 2)) for s in range(fps - 1, t)}
+        between = {s: np.mean([distance[u] for u in range(s + 1, t)]) for s in range(fps - 1, t - 2 * fps + 1)}
+        expected[t] = max(0, *((mean - distance[s]) / max(mean, 2) for s, mean in between.items()))
+    assert np.nanmax(expected) > 0.1
+    np.testing.assert_allclose(returns(video, fps), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("period", [7, 16, 23])
 def test_loop_is_repetition(period):
-    video = panned(3, period)[np.arange(12 * FPS) % period]
-    assert measure(video, FPS).repetition == pytest.approx(1, abs=0.1)
-    assert measure(video, FPS).repetition_series[-3:] == pytest.approx(1)
+    measures = measure(panned(3, period)[np.arange(8 * FPS) % period], FPS)
+    assert measures.repetition == pytest.approx(1, abs=0.05)
+    assert measures.repetition_series[-3:] == pytest.approx(1)
 
 
 def test_loop_that_comes_back_slightly_changed():
-    video = panned(3, 48)[np.arange(12 * FPS) % 48].astype(float)
+    video = panned(3, 24)[np.arange(8 * FPS) % 24].astype(float)
     noisy = (video + np.random.default_rng(0).normal(0, 4, video.shape)).clip(0, 255).astype(np.uint8)
     assert 0.9 < measure(noisy, FPS).repetition < 0.999
 
 
-@pytest.mark.parametrize("speed", [1, 3, 5])
+@pytest.mark.parametrize("speed", [1, 4])
 def test_what_only_moves_on_is_no_repetition(speed):
-    assert measure(panned(speed, 12 * FPS), FPS).repetition < 0.15
+    assert measure(panned(speed, 8 * FPS), FPS).repetition < 0.15
 
 
 def test_stillness_is_no_repetition():
@@ -199,10 +214,10 @@ def test_return_to_the_beginning_is_seen_where_it_happens():
 
 
 def test_encoded_loop_is_repetition_and_encoded_stillness_is_not(tmp_path):
-    loop, still = panned(3, 40)[np.arange(6 * FPS) % 40], panned(3, 1).repeat(6 * FPS, axis=0)
+    loop, still = panned(3, 18)[np.arange(8 * FPS) % 18], panned(3, 1).repeat(8 * FPS, axis=0)
     found = []
     for video in (loop, still):
-        with VideoWriter(tmp_path / "a.mp4", 72, 128) as writer:
+        with VideoWriter(tmp_path / "a.mp4", 72, 128, fps=FPS) as writer:
             writer.write(video)
         frames = read_frames(tmp_path / "a.mp4")
         found.append(measure(frames, frames.fps).repetition)

@@ -1,0 +1,1 @@
+"""Measures of decoded video that need no network and no weights."""
