@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rfjax import memory
     from rfjax.io.checkpoints import load
     from rfjax.models.model import Model
+    from rfjax.sampling import rolling
     from rfjax.sampling.codec import decode, encode, encode_prompt, encode_tokens
     from rfjax.sampling.rollout import Chunk, Rollout, rollout, stream
     from rfjax.sampling.switching import Switch
@@ -32,6 +33,7 @@ __all__ = [
     "encode_tokens",
     "load",
     "memory",
+    "rolling",
     "rollout",
     "stream",
 ]
@@ -44,11 +46,13 @@ _HOMES = {
     "load": "rfjax.io.checkpoints",
 }
 
+_MODULES = {"memory": "rfjax.memory", "rolling": "rfjax.sampling.rolling"}
+
 
 def __getattr__(name: str):
     """Import a public name when it is first used, so that `rfjax --help` does not wait for JAX."""
-    if name == "memory":
-        return importlib.import_module("rfjax.memory")
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'rfjax' has no attribute {name!r}")

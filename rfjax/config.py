@@ -302,12 +302,20 @@ def preset_path(kind: str, name: str) -> Path:
     Raises:
         UserError: there is no such preset; the message lists those that exist.
     """
+    known = preset_names(kind)
+    if name not in known:
+        raise UserError(f"no preset {name!r} in configs/{kind}; there are: {', '.join(known)}{nearest(name, known)}")
+    return _presets(kind) / f"{name}.yaml"
+
+
+def preset_names(kind: str) -> list[str]:
+    """Return the names of all presets of a kind, sorted."""
+    return sorted(path.stem for path in _presets(kind).glob("*.yaml"))
+
+
+def _presets(kind: str) -> Path:
     package = Path(__file__).parent
     for root in (package / "configs", package.parent / "configs"):
         if (root / kind).is_dir():
-            path = root / kind / f"{name}.yaml"
-            if path.is_file():
-                return path
-            known = sorted(p.stem for p in (root / kind).glob("*.yaml"))
-            raise UserError(f"no preset {name!r} in configs/{kind}; there are: {', '.join(known)}")
+            return root / kind
     raise UserError(f"the folder configs/{kind} is missing from this installation of rfjax")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from rfjax.config import ModelConfig, _Config, load_model_config, preset_path, read_mapping
 from rfjax.errors import UserError
-from rfjax.memory import MemoryPolicy, parse
+from rfjax.memory import MemoryPolicy, parse_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Preset(_Config):
     decode_repeats: int = 10
     """The same for the autoencoder, which on a CPU takes longer than all the rest; at most `repeats` count."""
     policies: tuple[str, ...] = ("relax_forcing", "self_forcing:window_frames=21")
-    """As `policy_of` reads them."""
+    """As `rfjax.memory.parse_text` reads them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,21 +81,5 @@ def policies_of(texts: Sequence[str]) -> dict[str, MemoryPolicy]:
     for text in texts:
         if text in policies:
             raise UserError(f"policy {text!r} is given twice; each is measured once")
-        policies[text] = policy_of(text)
+        policies[text] = parse_text(text)
     return policies
-
-
-def policy_of(text: str) -> MemoryPolicy:
-    """Make the policy written as `NAME` or `NAME:KEY=VALUE,KEY=VALUE`.
-
-    Raises:
-        UserError: another form, an unknown policy or setting, or a wrong value.
-    """
-    name, colon, rest = text.partition(":")
-    settings: dict[str, str] = {}
-    for item in rest.split(",") if colon else ():
-        key, equals, value = item.partition("=")
-        if not key or not equals:
-            raise UserError(f"policy {text!r} has {item!r} for a setting; write NAME:KEY=VALUE,KEY=VALUE")
-        settings[key] = value
-    return parse(name, settings)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from rfjax.commands.prompt_schedule import read_schedule
 from rfjax.errors import UserError
 
 DEFAULT_PROMPT = "A red fox trots through fresh snow at the edge of a birch forest, morning light"
@@ -17,6 +18,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts = what.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", metavar="TEXT", help="what the video shows (default: a fox in the snow)")
     prompts.add_argument("--prompt-file", metavar="FILE", type=Path, help="a prompt a line, UTF-8")
+    prompts.add_argument(
+        "--prompt-schedule",
+        metavar="FILE",
+        type=Path,
+        help="prompts that change in the video: a YAML list of {at: SECOND, prompt: TEXT}, cut: true for a new scene",
+    )
+    what.add_argument(
+        "--prompt-switch",
+        choices=("recache", "plain"),
+        help="how a scheduled prompt takes over: recache makes the newest frames of the memory anew under it, plain "
+        "leaves them (default: recache)",
+    )
     length = what.add_mutually_exclusive_group()
     length.add_argument(
         "--seconds",
@@ -46,7 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="written by rfjax convert (default: a tiny model with random weights that comes with rfjax)",
     )
-    how.add_argument("--policy", metavar="NAME", default="relax_forcing", help="memory policy (default: relax_forcing)")
+    how.add_argument(
+        "--policy",
+        metavar="NAME",
+        default="relax_forcing",
+        help="memory policy or preset of one, a preset's file (.yaml), or FILE.py:CLASS (default: relax_forcing)",
+    )
     how.add_argument(
         "--set",
         metavar="KEY=VALUE",
@@ -55,6 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_setting,
         dest="settings",
         help="a setting of the policy, such as history_frames=2; may be repeated",
+    )
+    how.add_argument(
+        "--sampler",
+        choices=("chunk", "rolling"),
+        default="chunk",
+        help="chunk: one chunk after the other; rolling: as many chunks as denoising steps together, at rising noise "
+        "levels (Rolling Forcing; default: chunk)",
     )
     how.add_argument(
         "--batch-size", metavar="N", type=_whole(1, 10**6), default=1, help="videos made together (default: 1)"
@@ -85,7 +110,15 @@ def run(args: argparse.Namespace) -> None:
     """
     from rfjax.commands import generation  # imports JAX
 
-    generation.generate(args, read_prompts(args.prompt, args.prompt_file))
+    if args.prompt_schedule is None:
+        if args.prompt_switch is not None:
+            raise UserError(f"--prompt-switch {args.prompt_switch} needs --prompt-schedule")
+        generation.generate(args, read_prompts(args.prompt, args.prompt_file), [])
+        return
+    if args.sampler != "chunk":
+        raise UserError(f"--prompt-schedule does not go with --sampler {args.sampler}, whose chunks overlap; use chunk")
+    schedule = read_schedule(args.prompt_schedule)
+    generation.generate(args, [schedule[0].prompt], schedule)
 
 
 def read_prompts(prompt: str | None, prompt_file: Path | None) -> list[str]:

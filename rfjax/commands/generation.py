@@ -18,6 +18,7 @@ from rich.console import Console
 from rfjax.commands.interruptions import Interruptions
 from rfjax.commands.plan import Plan, make_plan
 from rfjax.commands.progress import ChunkProgress
+from rfjax.commands.prompt_schedule import ScheduledPrompt
 from rfjax.io import outputs
 from rfjax.io.checkpoints import TOKENIZER, load
 from rfjax.io.plots import memory_timeline
@@ -29,6 +30,7 @@ from rfjax.sampling.budget import GB, Budget, check_fits, device_limit, estimate
 from rfjax.sampling.codec import encode_prompt
 from rfjax.sampling.jobs import Job
 from rfjax.sampling.pipeline import VideoChunk, keys_from_seed, stream_video
+from rfjax.sampling.switching import Switch
 from rfjax.version import rfjax_version
 
 _TITLE = 68
@@ -46,7 +48,7 @@ class Run:
     interruptions: Interruptions
 
 
-def generate(args: argparse.Namespace, prompts: list[str]) -> None:
+def generate(args: argparse.Namespace, prompts: list[str], schedule: list[ScheduledPrompt]) -> None:
     """Make the videos that the output folder lacks.
 
     Raises:
@@ -54,8 +56,8 @@ def generate(args: argparse.Namespace, prompts: list[str]) -> None:
             before are kept.
     """
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
-    plan = make_plan(args, prompts)
-    budget = estimate(plan.config, plan.policy, plan.video, plan.settings["dtype"])
+    plan = make_plan(args, prompts, schedule)
+    budget = estimate(plan.config, plan.policy, plan.video, plan.settings["dtype"], plan.pass_chunks)
     limit = device_limit(jax.devices()[0])
     for line in _introduction(plan, budget, limit):
         console.print(line)
@@ -110,7 +112,20 @@ def _introduction(plan: Plan, budget: Budget, limit: int | None) -> list[str]:
         lines.append(f"left as they are, though {outputs.METADATA} does not know them: {', '.join(plan.unrecorded)}")
     if plan.missing:
         lines.append(_size(plan))
+    if plan.missing and plan.schedule:
+        lines.append(_changes(plan))
     return lines
+
+
+def _changes(plan: Plan) -> str:
+    """Say when the prompt changes, in the seconds at which chunks begin."""
+    factor, fps = plan.vae.temporal_factor, plan.settings["fps"]
+    times = [
+        f"{(1 + factor * (frame - 1)) / fps:.4g}{' (cut)' * entry.cut}"
+        for frame, entry in plan.schedule.items()
+        if frame
+    ]
+    return f"prompt changes ({plan.settings['prompt_switch']}) at {', '.join(times) or 'no time'} s"
 
 
 def _size(plan: Plan) -> str:
@@ -156,7 +171,9 @@ def _make_batch(run: Run, batch: list[Job], made: list[Job]) -> None:
             )
             for job in made
         ]
-        stream = stream_video(run.model, plan.policy, embeds, settings["latent_frames"], size, keys)
+        switches = _switches(run, len(batch))
+        frames = settings["latent_frames"]
+        stream = stream_video(run.model, plan.policy, embeds, frames, size, keys, switches, plan.sampler)
         for chunk in stream:
             run.interruptions.check()
             for writer, frames in zip(writers, chunk.frames, strict=False):
@@ -171,12 +188,23 @@ def _make_batch(run: Run, batch: list[Job], made: list[Job]) -> None:
             records[job.video] = _record(run, chunks, index, job, timeline, len(batch))
 
 
+def _switches(run: Run, batch: int) -> list[Switch]:
+    """Encode the scheduled prompts but the first."""
+    recache = run.plan.settings.get("prompt_switch") == "recache"
+    return [
+        Switch(start, _encode(run.model, [entry.prompt] * batch), recache, entry.cut)
+        for start, entry in run.plan.schedule.items()
+        if start
+    ]
+
+
 def _check_prompts(plan: Plan) -> None:
     """Tokenise every prompt once, before weights are read; one that is too long is a warning of one line."""
     tokenizer = Tokenizer.load(plan.checkpoint / TOKENIZER, plan.config.transformer.text_len)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        tokenizer(list(dict.fromkeys(job.prompt for job in plan.missing)))
+        prompts = [job.prompt for job in plan.missing] + [entry.prompt for entry in plan.schedule.values()]
+        tokenizer(list(dict.fromkeys(prompts)))
     for warning in caught:
         print(f"rfjax: warning: {warning.message}", file=sys.stderr)
 

@@ -5,12 +5,13 @@ import dataclasses
 import hashlib
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
 import rfjax
 from rfjax.commands.generate import DEFAULT_SECONDS
+from rfjax.commands.prompt_schedule import ScheduledPrompt, switch_frames
 from rfjax.config import ModelConfig, VAEConfig
 from rfjax.errors import UserError
 from rfjax.io import outputs
@@ -48,6 +49,10 @@ class Plan:
     output: Path
     asked_seconds: float | None
     """Length asked for, before rounding up to whole chunks; None where latent frames were given."""
+    sampler: Literal["chunk", "rolling"]
+    """How chunks are denoised: one after the other, or several together."""
+    schedule: dict[int, ScheduledPrompt]
+    """Prompts by the latent frame from which they hold; empty where the prompt does not change."""
 
     @property
     def video(self) -> VideoShape:
@@ -59,6 +64,11 @@ class Plan:
             latent_height=self.settings["height"] // factor,
             latent_width=self.settings["width"] // factor,
         )
+
+    @property
+    def pass_chunks(self) -> int:
+        """Chunks that go through the network together."""
+        return len(self.config.denoising_steps) if self.sampler == "rolling" else 1
 
     @property
     def chunks(self) -> int:
@@ -76,8 +86,13 @@ class Plan:
         return self.vae.temporal_factor / self.settings["fps"]
 
 
-def make_plan(args: argparse.Namespace, prompts: list[str]) -> Plan:
+def make_plan(args: argparse.Namespace, prompts: list[str], schedule: list[ScheduledPrompt]) -> Plan:
     """Check everything that can be checked before weights are read, and write nothing.
+
+    Args:
+        args: of `rfjax generate`.
+        prompts: a video each, times the samples.
+        schedule: changes of prompt, the first one's beginning among them; empty if the prompt does not change.
 
     Raises:
         UserError: anything wrong with the flags, the checkpoint's sizes or the output folder.
@@ -99,6 +114,17 @@ def make_plan(args: argparse.Namespace, prompts: list[str]) -> Plan:
         "seed": args.seed,
         "dtype": dtype,
     }
+    if args.sampler != "chunk":
+        settings["sampler"] = args.sampler
+    starts: dict[int, ScheduledPrompt] = {}
+    if schedule:
+        length = settings["latent_frames"]
+        frames = switch_frames(
+            schedule, args.prompt_schedule, config.chunk_frames, vae.temporal_factor, args.fps, length
+        )
+        starts = dict(zip(frames, schedule, strict=True))
+        settings["prompt_schedule"] = [dataclasses.asdict(entry) for entry in schedule]
+        settings["prompt_switch"] = args.prompt_switch or "recache"
     outputs.check_writable(args.output)
     asked = expand(prompts, args.num_samples)
     recorded = outputs.read_records(args.output).keys()
@@ -118,6 +144,8 @@ def make_plan(args: argparse.Namespace, prompts: list[str]) -> Plan:
         batches=batches(missing, args.batch_size),
         output=args.output,
         asked_seconds=seconds,
+        sampler=args.sampler,
+        schedule=starts,
     )
 
 

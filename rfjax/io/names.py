@@ -13,16 +13,23 @@ def output_name(prompt: str, sample: int, suffix: str) -> str:
     """Return `<prompt>-<sample><suffix>`, the prompt verbatim wherever a file name can hold it.
 
     Path separators, control characters and a leading dot become `-` (at `_` VBench-Long would cut the name), and what
-    exceeds 240 bytes of UTF-8 is cut. A
-    prompt changed in one of these ways is followed by `~` and eight characters of its hash, so that two prompts never
-    share a name.
+    exceeds 240 bytes of UTF-8 is cut. A prompt changed in one of these ways is followed by `~` and eight characters of
+    its hash, so that two prompts never share a name.
     """
-    ending = f"-{sample}{suffix}"
-    stem = re.sub(r"^\.", "-", _FORBIDDEN.sub("-", prompt))
+    return _fitted(prompt, f"-{sample}{suffix}")
+
+
+def folder_name(text: str) -> str:
+    """Return a text as the name of a folder, by the rules of `output_name`."""
+    return _fitted(text, "")
+
+
+def _fitted(text: str, ending: str) -> str:
+    stem = re.sub(r"^\.", "-", _FORBIDDEN.sub("-", text))
     room = _LIMIT - len(ending.encode())
-    if stem == prompt and len(stem.encode()) <= room:
+    if stem == text and len(stem.encode()) <= room:
         return stem + ending
-    mark = "~" + hashlib.sha256(prompt.encode()).hexdigest()[:8]
+    mark = "~" + hashlib.sha256(text.encode()).hexdigest()[:8]
     cut = stem.encode()[: room - len(mark)].decode(errors="ignore")
     return cut + mark + ending
 

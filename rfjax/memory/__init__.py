@@ -14,10 +14,19 @@ from rfjax.memory.base import (
     Trace,
     View,
 )
+from rfjax.memory.blends import BlendPolicy, BlendStore
+from rfjax.memory.deep import DeepForcing, DeepSinkOnly
 from rfjax.memory.footprint import Footprint, footprint
 from rfjax.memory.frames import FOREVER, Choice, FramePolicy, FrameStore, Stored, plain_choice
-from rfjax.memory.registry import POLICIES, create, parse, register
+from rfjax.memory.infinity_rope import InfinityRope
+from rfjax.memory.longlive import LongLive
+from rfjax.memory.memrope import MemRope
+from rfjax.memory.registry import POLICIES, create, parse, parse_text, register
 from rfjax.memory.relaxed import RelaxForcing
+from rfjax.memory.reward_forcing import RewardForcing
+from rfjax.memory.rolling_sink import RollingSink
+from rfjax.memory.rolling_window import RollingForcing
+from rfjax.memory.slow_fast import ContextForcing
 from rfjax.memory.window import AttentionSink, SelfForcing
 
 __all__ = [
@@ -28,14 +37,25 @@ __all__ = [
     "SINK",
     "TAIL",
     "AttentionSink",
+    "BlendPolicy",
+    "BlendStore",
     "Choice",
     "CleanChunk",
+    "ContextForcing",
+    "DeepForcing",
+    "DeepSinkOnly",
     "Footprint",
     "FramePolicy",
     "FrameStore",
+    "InfinityRope",
+    "LongLive",
+    "MemRope",
     "MemoryPolicy",
     "MemoryShape",
     "RelaxForcing",
+    "RewardForcing",
+    "RollingForcing",
+    "RollingSink",
     "SelfForcing",
     "Stored",
     "Trace",
@@ -43,6 +63,7 @@ __all__ = [
     "create",
     "footprint",
     "parse",
+    "parse_text",
     "plain_choice",
     "register",
 ]

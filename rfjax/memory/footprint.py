@@ -3,10 +3,10 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
 from rfjax.memory.base import MemoryPolicy, MemoryShape
+from rfjax.memory.check import check_policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +25,9 @@ def footprint(policy: MemoryPolicy, shape: MemoryShape, video_frames: int, dtype
     """Measure the policy's state and view for a batch, abstractly.
 
     Raises:
-        UserError: the policy's settings do not fit the shape.
+        UserError: the policy's settings do not fit the shape, or it does not follow the contract.
     """
-    state = jax.eval_shape(lambda: policy.init(shape, video_frames, dtype))
-    view = jax.eval_shape(policy.read, state, jax.ShapeDtypeStruct((shape.batch,), jnp.int32))
+    state, view = check_policy(policy, shape, video_frames, dtype)
     return Footprint(
         attended_frames=view.keys.shape[2] + shape.chunk_frames,
         state_bytes=_size(state),

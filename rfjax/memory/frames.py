@@ -204,7 +204,7 @@ def write(
 
     def put(k, store):
         group, sample, i = k // (batch * count), k // count % batch, k % count
-        slot = slots[group, sample, i]
+        slot = slots[group, sample, i].astype(k.dtype)  # 64 bits where JAX counts in them
         at = (group * layers, sample, jnp.minimum(slot, store.shape[2] - 1), 0, 0)
         frame = jax.lax.dynamic_slice(new, (group * layers, sample, i, 0, 0), one)
         kept = jax.lax.dynamic_slice(store, at, one)

@@ -1,6 +1,7 @@
 """Windows: the last frames, with or without the first ones."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
@@ -71,12 +72,13 @@ class AttentionSink(FramePolicy):
     tail_frames: int = 15
     """Last frames before the own chunk."""
 
+    name: ClassVar[str]
     attends_store = True
 
     def __post_init__(self):
         for name in ("sink_frames", "tail_frames"):
             if getattr(self, name) < 0:
-                raise UserError(f"attention_sink: {name} is {getattr(self, name)}; 0 or more is needed")
+                raise UserError(f"{self.name}: {name} is {getattr(self, name)}; 0 or more is needed")
 
     def capacity(self, shape: MemoryShape, video_frames: int) -> int:
         """Sink and tail."""

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int
 from rfjax.config import TransformerConfig
 from rfjax.models.attention import attention
 from rfjax.models.layers import RMSNorm
-from rfjax.rope import rotate, rotation
 from rfjax.pytree import pytree
+from rfjax.rope import rotate, rotation
 
 
 @pytree()

@@ -52,8 +52,15 @@ class Budget:
         return self.weights + self.memory + self.working
 
 
-def estimate(config: ModelConfig, policy: MemoryPolicy, video: VideoShape, dtype: str) -> Budget:
+def estimate(config: ModelConfig, policy: MemoryPolicy, video: VideoShape, dtype: str, pass_chunks: int = 1) -> Budget:
     """Add up what a run allocates: weights and memory exactly, activations from the largest layers.
+
+    Args:
+        config: sizes of the networks.
+        policy: of the memory.
+        video: sizes of the batch.
+        dtype: of weights and computation.
+        pass_chunks: chunks that go through the transformer together.
 
     Raises:
         UserError: the policy's settings do not fit the video.
@@ -68,7 +75,7 @@ def estimate(config: ModelConfig, policy: MemoryPolicy, video: VideoShape, dtype
         attended_frames=memory.attended_frames,
         weights=parameters * itemsize,
         memory=memory.state_bytes + memory.view_bytes,
-        working=_denoising_bytes(config, video, memory.attended_frames, itemsize)
+        working=_denoising_bytes(config, video, memory.attended_frames, itemsize, pass_chunks)
         + _decoding_bytes(config, video, dtype),
     )
 
@@ -77,13 +84,16 @@ def _numbers(tree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def _denoising_bytes(config: ModelConfig, video: VideoShape, attended_frames: int, itemsize: int) -> int:
+def _denoising_bytes(
+    config: ModelConfig, video: VideoShape, attended_frames: int, itemsize: int, pass_chunks: int
+) -> int:
     """One layer's activations, the packed keys and values, and the chunk's keys and values of all layers."""
     network = config.transformer
     frame = video.batch * network.frame_tokens(video.latent_height, video.latent_width) * network.dim
     chunk = config.chunk_frames * frame
-    layer = chunk * (6 * itemsize + 3 * 4) + 2 * chunk * network.ffn_dim // network.dim * itemsize
-    packed = 2 * 2 * attended_frames * frame * itemsize
+    own = pass_chunks * chunk
+    layer = own * (6 * itemsize + 3 * 4) + 2 * own * network.ffn_dim // network.dim * itemsize
+    packed = 2 * 2 * (attended_frames * frame + own - chunk) * itemsize
     committed = 2 * network.num_layers * chunk * itemsize
     text = 2 * network.num_layers * video.batch * network.text_len * network.dim * itemsize
     return layer + packed + committed + text + 3 * SCORE_BYTES

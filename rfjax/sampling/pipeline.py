@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,10 @@ from rfjax.memory import MemoryPolicy, Trace
 from rfjax.models.functional import Params
 from rfjax.models.model import Model
 from rfjax.models.vae import DecoderCache, decode_first, decode_init, decode_next
+from rfjax.sampling import rolling
 from rfjax.sampling.codec import vae_of
 from rfjax.sampling.rollout import Chunk, stream
+from rfjax.sampling.switching import Switch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,8 @@ def stream_video(
     latent_frames: int,
     frame_size: tuple[int, int],
     keys: Key[Array, "B"],
+    switches: Sequence[Switch] = (),
+    sampler: Literal["chunk", "rolling"] = "chunk",
 ) -> Iterator[VideoChunk]:
     """Generate a batch of videos and decode every chunk as soon as it is made.
 
@@ -56,15 +61,34 @@ def stream_video(
         latent_frames: length, a multiple of the chunk.
         frame_size: latent rows and columns.
         keys: [B] one a sample, from `keys_from_seed`.
+        switches: changes of prompt, for the chunk sampler only.
+        sampler: which stream of chunks: `rfjax.stream` or `rfjax.rolling.stream`.
 
     Raises:
         UserError: sizes that do not fit the model, no autoencoder, or latents that are no longer finite.
     """
+    noise_shape = (prompt_embeds.shape[0], latent_frames, *frame_size, model.config.transformer.in_dim)
+    if sampler == "rolling":
+        chunks = rolling.stream(model, policy, prompt_embeds, noise_shape, key=keys)
+    else:
+        chunks = stream(model, policy, prompt_embeds, noise_shape, key=keys, switches=switches)
+    return decode_stream(model, chunks, noise_shape)
+
+
+def decode_stream(model: Model, chunks: Iterable[Chunk], shape: tuple[int, ...]) -> Iterator[VideoChunk]:
+    """Decode every chunk as soon as it is made, and fetch it while the device works on the next one.
+
+    Args:
+        model: with its autoencoder.
+        chunks: of `B` videos, without a leading axis.
+        shape: [B, F, H, W, C] of the latents of all chunks together.
+
+    Raises:
+        UserError: no autoencoder, or latents that are no longer finite.
+    """
     vae_config, vae_params = vae_of(model)
-    batch, total = prompt_embeds.shape[0], latent_frames // model.config.chunk_frames
-    noise_shape = (batch, latent_frames, *frame_size, model.config.transformer.in_dim)
-    chunks = stream(model, policy, prompt_embeds, noise_shape, key=keys)
-    cache = decode_init(vae_config, model.dtype, batch, *frame_size)
+    total = shape[1] // model.config.chunk_frames
+    cache = decode_init(vae_config, model.dtype, shape[0], *shape[2:4])
     since = time.perf_counter()
     waiting: tuple[int, Chunk, list[Array]] | None = None
     for index, chunk in enumerate(chunks):

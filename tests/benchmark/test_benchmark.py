@@ -14,7 +14,7 @@ from rfjax.benchmark.timing import in_turns, ratio
 from rfjax.cli import main
 from rfjax.config import ModelConfig, TransformerConfig, preset_path
 from rfjax.errors import UserError
-from rfjax.memory import create
+from rfjax.memory import create, parse_text
 from rfjax.models.functional import abstract_params
 from rfjax.models.transformer import WanTransformer
 
@@ -104,10 +104,10 @@ def test_the_run_is_refused_where_memory_does_not_suffice():
 
 
 def test_policies_are_written_with_their_settings():
-    assert preset.policy_of("relax_forcing") == create("relax_forcing")
-    assert preset.policy_of("self_forcing:window_frames=none") == create("self_forcing")
+    assert parse_text("relax_forcing") == create("relax_forcing")
+    assert parse_text("self_forcing:window_frames=none") == create("self_forcing")
     expected = create("relax_forcing", history_frames=2, redundancy_weight=0.001, positions="true")
-    assert preset.policy_of("relax_forcing:history_frames=2,redundancy_weight=1e-3,positions=true") == expected
+    assert parse_text("relax_forcing:history_frames=2,redundancy_weight=1e-3,positions=true") == expected
 
 
 def test_presets_name_models_of_the_published_sizes():
@@ -138,7 +138,7 @@ def test_a_preset_of_sizes_that_do_not_divide_is_refused(key, tmp_path, monkeypa
     [("self_forcing:window_frames=21", range(12, 30)), ("attention_sink", [*range(3), *range(15, 30)])],
 )
 def test_a_filled_memory_holds_what_generating_would_have_left(text, frames):
-    state = parts.state_at(SMALL, (2, 2), 2, 60, "float32", preset.policy_of(text), 10)
+    state = parts.state_at(SMALL, (2, 2), 2, 60, "float32", parse_text(text), 10)
     assert state.start.tolist() == [30, 30]
     for sample in np.asarray(state.memory.frames):
         assert sorted(sample) == list(frames)
