@@ -4,14 +4,11 @@ import argparse
 import contextlib
 import dataclasses
 import os
-import platform
 import sys
 import warnings
-from importlib.metadata import version
-from typing import Any
+from collections.abc import Iterable
 
 import jax
-import numpy as np
 from jaxtyping import Array
 from rich.console import Console
 
@@ -19,11 +16,10 @@ from rfjax.commands.interruptions import Interruptions
 from rfjax.commands.plan import Plan, make_plan
 from rfjax.commands.progress import ChunkProgress
 from rfjax.commands.prompt_schedule import ScheduledPrompt
+from rfjax.commands.records import write_records
 from rfjax.io import outputs
 from rfjax.io.checkpoints import TOKENIZER, load
-from rfjax.io.plots import memory_timeline
 from rfjax.io.video import VideoWriter
-from rfjax.memory import Trace
 from rfjax.models.model import Model
 from rfjax.models.tokenizer import Tokenizer
 from rfjax.sampling.budget import GB, Budget, check_fits, device_limit, estimate, needs, out_of_memory_says
@@ -31,10 +27,6 @@ from rfjax.sampling.codec import encode_prompt
 from rfjax.sampling.jobs import Job
 from rfjax.sampling.pipeline import VideoChunk, keys_from_seed, stream_video
 from rfjax.sampling.switching import Switch
-from rfjax.version import rfjax_version
-
-_TITLE = 68
-"""Characters that fit above a timeline."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +56,7 @@ def generate(args: argparse.Namespace, prompts: list[str], schedule: list[Schedu
     if not plan.missing:
         return
     check_fits(budget, limit)
-    _check_prompts(plan)
+    check_prompts(plan, [job.prompt for job in plan.missing] + [entry.prompt for entry in plan.schedule.values()])
     with out_of_memory_says(needs(budget, limit)):
         model = load(plan.checkpoint, dtype=plan.settings["dtype"])
         outputs.make_folder(plan.output)
@@ -96,11 +88,11 @@ def _numbers(done: int, count: int, total: int) -> str:
 def _introduction(plan: Plan, budget: Budget, limit: int | None) -> list[str]:
     """Say what is about to be computed; the first line has device, model, policy, attended frames and memory."""
     settings = plan.settings
-    there = "" if limit is None else f" of {_gb(limit)}"
+    there = "" if limit is None else f" of {gb(limit)}"
     lines = [
-        f"{_device()}: {plan.checkpoint.name} ({_count(budget.parameters)} parameters, {settings['dtype']}), "
-        f"{plan.policy.name} attending to {budget.attended_frames} latent frames, memory {_gb(budget.memory)} GB "
-        f"({_gb(budget.total)}{there} GB in all)"
+        f"{device_name()}: {plan.checkpoint.name} ({short_count(budget.parameters)} parameters, {settings['dtype']}), "
+        f"{plan.policy.name} attending to {budget.attended_frames} latent frames, memory {gb(budget.memory)} GB "
+        f"({gb(budget.total)}{there} GB in all)"
     ]
     if plan.config.description:
         lines.append(f"note: {plan.config.description}")
@@ -138,16 +130,18 @@ def _size(plan: Plan) -> str:
     )
 
 
-def _device() -> str:
+def device_name() -> str:
+    """Return what the first line of a run says of the device."""
     device = jax.devices()[0]
     return f"CPU ({os.cpu_count()} cores)" if device.platform == "cpu" else device.device_kind
 
 
-def _gb(size: int) -> str:
+def gb(size: int) -> str:
+    """Write a number of bytes in GB."""
     return f"{size / GB:.1f}" if size >= GB else f"{size / GB:.2g}"
 
 
-def _count(number: int) -> str:
+def short_count(number: int) -> str:
     """Write a number of parameters as 1.42B or 350K."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if number >= size:
@@ -160,7 +154,7 @@ def _make_batch(run: Run, batch: list[Job], made: list[Job]) -> None:
     plan = run.plan
     settings = plan.settings
     run.interruptions.check()
-    embeds = _encode(run.model, [job.prompt for job in batch])
+    embeds = encode(run.model, [job.prompt for job in batch])
     keys = keys_from_seed(settings["seed"], [job.sample for job in batch])
     size = (plan.video.latent_height, plan.video.latent_width)
     chunks: list[VideoChunk] = []
@@ -180,90 +174,31 @@ def _make_batch(run: Run, batch: list[Job], made: list[Job]) -> None:
                 writer.write(frames)
             run.progress.advance(len(made) * chunk.frames.shape[1])
             chunks.append(dataclasses.replace(chunk, frames=chunk.frames[:0]))  # the pixels are on their way to disk
-    trace = jax.tree.map(lambda *parts: np.stack(parts), *(chunk.trace for chunk in chunks))
-    with outputs.updating(plan.output) as records:
-        for index, job in enumerate(made):
-            timeline = outputs.timeline_name(records, job.prompt, job.sample)
-            _draw_timeline(plan, trace, index, job, timeline)
-            records[job.video] = _record(run, chunks, index, job, timeline, len(batch))
+    write_records(plan, run.budget, chunks, dict(enumerate(made)), len(batch))
 
 
 def _switches(run: Run, batch: int) -> list[Switch]:
     """Encode the scheduled prompts but the first."""
     recache = run.plan.settings.get("prompt_switch") == "recache"
     return [
-        Switch(start, _encode(run.model, [entry.prompt] * batch), recache, entry.cut)
+        Switch(start, encode(run.model, [entry.prompt] * batch), recache, entry.cut)
         for start, entry in run.plan.schedule.items()
         if start
     ]
 
 
-def _check_prompts(plan: Plan) -> None:
+def check_prompts(plan: Plan, prompts: Iterable[str]) -> None:
     """Tokenise every prompt once, before weights are read; one that is too long is a warning of one line."""
     tokenizer = Tokenizer.load(plan.checkpoint / TOKENIZER, plan.config.transformer.text_len)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        prompts = [job.prompt for job in plan.missing] + [entry.prompt for entry in plan.schedule.values()]
         tokenizer(list(dict.fromkeys(prompts)))
     for warning in caught:
         print(f"rfjax: warning: {warning.message}", file=sys.stderr)
 
 
-def _encode(model: Model, prompts: list[str]) -> Array:
+def encode(model: Model, prompts: list[str]) -> Array:
+    """Return the embeddings of prompts that `check_prompts` has seen."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # said by _check_prompts
+        warnings.simplefilter("ignore", UserWarning)  # said by check_prompts
         return encode_prompt(model, prompts)
-
-
-def _draw_timeline(plan: Plan, trace: Trace, index: int, job: Job, name: str) -> None:
-    """Draw what one video attended."""
-    title = f"{plan.policy.name}: {job.prompt}"
-    memory_timeline(
-        trace,
-        plan.config.chunk_frames,
-        plan.output / name,
-        title if len(title) <= _TITLE else f"{title[:_TITLE]} ...",
-        sample=index,
-        seconds_per_frame=plan.seconds_per_latent,
-    )
-
-
-def _record(run: Run, chunks: list[VideoChunk], index: int, job: Job, timeline: str, batch_size: int) -> dict[str, Any]:
-    """Everything that is written about a video."""
-    plan, seconds = run.plan, [chunk.seconds for chunk in chunks]
-    selected = [np.unique(np.asarray(chunk.trace.selected_frames)[index]) for chunk in chunks]
-    later_frames = (plan.chunks - 1) * plan.config.chunk_frames * plan.vae.temporal_factor * batch_size
-    device = jax.devices()[0]
-    return {
-        "file": job.video,
-        "timeline": timeline,
-        "prompt": job.prompt,
-        "sample": job.sample,
-        "settings": plan.settings,
-        "video": {
-            "frames": plan.video_frames,
-            "seconds": plan.video_frames / plan.settings["fps"],
-            "chunk_latent_frames": plan.config.chunk_frames,
-        },
-        "model": {
-            "path": str(plan.checkpoint.resolve()),
-            "description": plan.config.description,
-            "parameters": run.budget.parameters,
-        },
-        "attended_frames": run.budget.attended_frames,
-        "selected_frames": [frames[frames >= 0].tolist() for frames in selected],
-        "timings": {
-            "batch_size": batch_size,
-            "seconds": round(sum(seconds), 3),
-            "first_chunk_seconds": round(seconds[0], 3),
-            "frames_per_second": round(later_frames / sum(seconds[1:]), 3) if seconds[1:] else None,
-            "chunk_seconds": [round(value, 4) for value in seconds],
-        },
-        "device": {"kind": device.device_kind, "platform": device.platform},
-        "versions": {
-            "rfjax": rfjax_version(),
-            "jax": jax.__version__,
-            "flax": version("flax"),
-            "python": platform.python_version(),
-        },
-    }

@@ -292,7 +292,7 @@ class DeepForcing:
 
         def gather(store, new):
             both = jnp.where((best < inside)[..., None], _gather(store, best + before), _gather(new, best - inside))
-            return both.reshape(*selected.frames.shape, -1)
+            return both.reshape(*selected.frames.shape, both.shape[-1])
 
         keys, values = gather(state.keys, chunk.keys), gather(state.values, chunk.values)
         return dataclasses.replace(self._put_tokens(state, due, keys, values), selected=selected)
@@ -309,6 +309,8 @@ class DeepForcing:
         self, state: TokenStore, samples: Bool[Array, "B"], keys: Float[Array, "L B K T C"], values
     ) -> TokenStore:
         """Store selected tokens of the given samples."""
+        if not self._selected_frames:
+            return state
         slots = jnp.arange(self._middle.start, self._middle.stop)
         return _put(state, keys, values, jnp.where(samples[:, None], slots, state.keys.shape[2]))
 

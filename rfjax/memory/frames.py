@@ -5,6 +5,7 @@ See `rfjax.memory.base` for the contract and the letters of the shapes.
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -102,9 +103,15 @@ class FramePolicy(abc.ABC):
 
     def read(self, state: FrameStore, start: Int[Array, "B"]) -> View:
         """Gather the frames chosen for each sample, valid ones first."""
+        return self.gather(state, start, self.choose)
+
+    def gather(
+        self, state: FrameStore, start: Int[Array, "B"], choose: Callable[[Stored, Int[Array, ""]], Choice]
+    ) -> View:
+        """Gather the frames that `choose` takes for each sample, valid ones first."""
 
         def decide(frames, features, start):
-            return self._decide(Stored(frames, features, state.shape), start)
+            return self._ordered(choose(Stored(frames, features, state.shape), start))
 
         choice = jax.vmap(decide)(state.frames, state.features, start)
         keys, values = state.keys, state.values
@@ -114,9 +121,9 @@ class FramePolicy(abc.ABC):
             keys, values = keys[:, samples, slots], values[:, samples, slots]
         return whole_frames_view(keys, values, choice)
 
-    def _decide(self, stored: Stored, start: Int[Array, ""]) -> Choice:
+    def _ordered(self, choice: Choice) -> Choice:
         """Return one sample's choice, gathered frames with the valid ones first; slots are filled in that order."""
-        choice = jax.tree.map(_narrow, self.choose(stored, start))
+        choice = jax.tree.map(_narrow, choice)
         if self.attends_store:
             return choice
         order = jnp.argsort(choice.frames < 0, stable=True)

@@ -13,8 +13,8 @@ class InfinityRope(AttentionSink):
 
     The method's KV flush at a new prompt keeps what this window keeps in any case, so it equals a plain switch. Its
     scene cut is the sampler's, for all policies: for one chunk the memory stands 42 frames further away. Source:
-    `wan/modules/causal_model.py` and `pipeline/causal_inference.py` of the public code; the abstract's flush to two
-    frames is three there.
+    `wan/modules/causal_model.py` and `pipeline/causal_inference.py` of the public code, which keeps three frames where
+    the paper's abstract says two.
     """
 
     sink_frames: int = 1

@@ -11,6 +11,7 @@ from rfjax.memory.blends import BlendPolicy, BlendStore, empty_blend_store
 from rfjax.memory.registry import register
 
 AVERAGES = 2
+"""The long one and the short one."""
 
 
 @register("memrope")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from rfjax.config import ModelConfig
 from rfjax.errors import UserError
@@ -151,6 +151,27 @@ def _check_switches(config: ModelConfig, switches: Sequence[Switch], shape, give
             raise UserError(f"{name} starts at frame {switch.start}; a frame after {before} and before {end} is needed")
         _check_embeds(config, f"{name}: prompt_embeds", switch.prompt_embeds, shape[0])
         before = switch.start
+
+
+def draw_noise(
+    config: ModelConfig, frame_size: tuple[int, int], start: Int[Array, "B"], noise: ChunkNoise
+) -> tuple[Float[Array, "B n H W C"], Float[Array, "steps B n H W C"]]:
+    """Return the initial noise of the chunk at `start` and that of its later steps, drawn where it is not given."""
+    shape = (config.chunk_frames, *frame_size, config.transformer.in_dim)
+    later = (len(config.denoising_steps) - 1, *shape)
+    chunk = start // config.chunk_frames
+
+    def draw(use, shape):
+        """Standard normal numbers [B, *shape], of each sample's own key."""
+
+        def one(key, chunk):
+            return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, chunk), use), shape, jnp.float32)
+
+        return jax.vmap(one)(noise.keys, chunk)
+
+    initial = draw(0, shape) if noise.initial is None else noise.initial
+    renoise = jnp.moveaxis(draw(1, later), 1, 0) if noise.renoise is None else noise.renoise
+    return initial, renoise
 
 
 def sample_keys(key: Array, batch: int) -> Key[Array, "B"]:

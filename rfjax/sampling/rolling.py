@@ -26,8 +26,8 @@ from rfjax.models.functional import AnyArray, Params, bind
 from rfjax.models.model import Model
 from rfjax.models.transformer import TextContext, WanTransformer
 from rfjax.pytree import pytree
-from rfjax.sampling.request import ChunkNoise, request_of
-from rfjax.sampling.rollout import Chunk, Rollout, _noise_of, encode_text, remember
+from rfjax.sampling.request import ChunkNoise, draw_noise, request_of
+from rfjax.sampling.rollout import Chunk, Rollout, encode_text, remember
 from rfjax.sampling.schedule import add_noise, few_steps, sigma_at
 from rfjax.sampling.state import RolloutState, attend, empty_state, memory_shape, read_memory
 
@@ -73,8 +73,7 @@ def enter(
         place: of the chunk in the window.
         noise: keys, or the chunk's own noise without the chunks axis.
     """
-    own = dataclasses.replace(state, start=state.start + place * config.chunk_frames)
-    initial, renoise = _noise_of(config, frame_size, own, noise)
+    initial, renoise = draw_noise(config, frame_size, state.start + place * config.chunk_frames, noise)
     renoise = jnp.concatenate([renoise, jnp.zeros_like(initial)[None]])
     return Window(window.latents.at[place].set(initial), window.renoise.at[place].set(renoise))
 

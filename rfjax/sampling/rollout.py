@@ -21,7 +21,7 @@ from rfjax.models.functional import AnyArray, Params, bind
 from rfjax.models.model import Model
 from rfjax.models.transformer import TextContext, WanTransformer
 from rfjax.pytree import pytree
-from rfjax.sampling.request import ChunkNoise, Sizes, chunks_of, request_of
+from rfjax.sampling.request import ChunkNoise, Sizes, chunks_of, draw_noise, request_of
 from rfjax.sampling.schedule import add_noise, few_steps, sigma_at
 from rfjax.sampling.state import RolloutState, attend, empty_state, memory_shape, read_memory
 from rfjax.sampling.switching import Switch, recached_frames, switch_prompt
@@ -75,7 +75,7 @@ def chunk_step(
     network = bind(WanTransformer, config.transformer, params)
     steps = few_steps(config)
     sigmas = sigma_at(jnp.asarray(steps), config.timestep_shift)
-    initial, renoise = _noise_of(config, frame_size, state, noise)
+    initial, renoise = draw_noise(config, frame_size, state.start, noise)
     batch, frames = initial.shape[:2]
 
     def denoise(x, scanned):
@@ -122,25 +122,6 @@ def _commit(config, policy, network, text, memory, state, latents):
         gap=jnp.zeros_like(state.gap),
         recent=jnp.concatenate([state.recent, latents], axis=1)[:, frames:],
     )
-
-
-def _noise_of(config: ModelConfig, frame_size: tuple[int, int], state: RolloutState, noise: ChunkNoise):
-    """Return this chunk's initial noise [B, n, H, W, C] and the noise of its later steps [steps - 1, B, n, H, W, C]."""
-    shape = (config.chunk_frames, *frame_size, config.transformer.in_dim)
-    later = (len(config.denoising_steps) - 1, *shape)
-    chunk = state.start // config.chunk_frames
-
-    def draw(use, shape):
-        """Standard normal numbers [B, *shape], of each sample's own key."""
-
-        def one(key, chunk):
-            return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, chunk), use), shape, jnp.float32)
-
-        return jax.vmap(one)(noise.keys, chunk)
-
-    initial = draw(0, shape) if noise.initial is None else noise.initial
-    renoise = jnp.moveaxis(draw(1, later), 1, 0) if noise.renoise is None else noise.renoise
-    return initial, renoise
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -12,7 +12,7 @@ SHAPE = MemoryShape(layers=30, batch=1, heads=12, head_dim=128, rows=30, columns
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("relax_forcin", {}, "relax_forcing, self_forcing; did you mean 'relax_forcing'"),
+        ("relax_forcin", {}, "; did you mean 'relax_forcing'"),
         ("relax_forcing", {"sink_frame": 1}, "no setting 'sink_frame'; it has: reservoir_frames, sink_frames"),
         ("relax_forcing", {"sink_frames": "two"}, "sink_frames is 'two'; it must be a whole number"),
         ("relax_forcing", {"sink_frames": 1.5}, "sink_frames is 1.5; it must be a whole number"),
