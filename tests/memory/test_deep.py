@@ -21,13 +21,16 @@ SHAPE = MemoryShape(layers=2, batch=2, heads=2, head_dim=6, rows=1, columns=3, c
 PRESETS = Path(__file__).parents[2] / "configs" / "policies"
 
 
+READ = jax.jit(lambda policy, state, start: policy.read(state, start))
+COMMIT = jax.jit(lambda policy, state, chunk: policy.commit(state, chunk), donate_argnums=1)
+
+
 class Side:
     """A policy and the transcription of each layer and sample, fed alike."""
 
     def __init__(self, policy, shape=SHAPE, seed=0, dtype=jnp.float32):
         self.policy, self.shape, self.dtype = policy, shape, dtype
         self.rng = np.random.default_rng(seed)
-        self.read, self.commit = jax.jit(policy.read), jax.jit(policy.commit, donate_argnums=0)
         self.state = policy.init(shape, 0, dtype)
         self.slow = [[self.fresh() for _ in range(shape.batch)] for _ in range(shape.layers)]
 
@@ -45,10 +48,11 @@ class Side:
 
     def compare(self, starts):
         """Whatever the chunks at `starts` attend to; returns the view."""
-        view = self.read(self.state, jnp.asarray(starts, jnp.int32))
+        view = READ(self.policy, self.state, jnp.asarray(starts, jnp.int32))
         for sample, start in enumerate(starts):
             for layer, slow in enumerate(row[sample] for row in self.slow):
-                slow.begin(start, None)
+                if slow.begun < start:
+                    slow.begin(start, None)
                 self._compare_one(view, layer, sample, slow.attended(start))
         return view
 
@@ -68,7 +72,7 @@ class Side:
         """Commit a chunk of each sample: `made`, or random queries, keys and values."""
         made = self.draw(self.shape.chunk_frames) if made is None else made
         frames = jnp.asarray(starts, jnp.int32)[:, None] + jnp.arange(self.shape.chunk_frames, dtype=jnp.int32)
-        self.state = self.commit(self.state, CleanChunk(frames, *made))
+        self.state = COMMIT(self.policy, self.state, CleanChunk(frames, *made))
         made = np.asarray(made, np.float64)
         for layer, row in enumerate(self.slow):
             for sample, slow in enumerate(row):
@@ -103,9 +107,9 @@ def sizes(buffer, budget, sink, recent, limit=7):
     ],
 )
 def test_long_rollout(settings):
-    side = Side(memory.create("deep_forcing", **settings))
-    side.run(66)
-    assert compilations(side.read) == compilations(side.commit) == 1
+    before = compilations(READ), compilations(COMMIT)
+    Side(memory.create("deep_forcing", **settings)).run(66 if not settings else 30)
+    assert (compilations(READ), compilations(COMMIT)) == (before[0] + 1, before[1] + 1)
 
 
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -202,7 +206,6 @@ def test_samples_at_different_chunks(late):
         starts = [3 * chunk, 3 * (chunk - late if chunk >= late else chunk)]
         side.compare(starts)
         side.take(starts)
-    assert compilations(side.read) == compilations(side.commit) == 1
 
 
 def test_far_into_a_video():
@@ -217,20 +220,24 @@ def test_far_into_a_video():
         state = dataclasses.replace(state, start=state.start + shift, selected=moved)
         for chunk, new in enumerate(made, 9):
             frames = shift + 3 * chunk + jnp.tile(jnp.arange(3, dtype=jnp.int32), (2, 1))
-            state = side.commit(state, CleanChunk(frames, *new))
-        return side.read(state, jnp.full(2, shift + 51, jnp.int32))
+            state = COMMIT(side.policy, state, CleanChunk(frames, *new))
+        return READ(side.policy, state, jnp.full(2, shift + 51, jnp.int32))
 
     now, later = run(0), run(day)
     np.testing.assert_array_equal(now.keys, later.keys)
-    np.testing.assert_array_equal(now.positions, later.positions)
+    np.testing.assert_array_equal(now.positions[:, :, :13], later.positions[:, :, :13])
     np.testing.assert_array_equal(now.trace.frames[:, :, 10:13] + day, later.trace.frames[:, :, 10:13])
 
 
-@pytest.mark.parametrize("start", [6, 21, 24, 27, 36])
-def test_recache(start):
+@pytest.mark.parametrize(
+    ("settings", "start"),
+    [({}, 6), ({}, 21), ({}, 24), ({}, 27), (sizes(21, 14, 10, 4), 27), (sizes(9, 9, 3, 3, 0), 12)],
+)
+def test_recache(settings, start):
     """What of the given frames is stored is renewed, token by token, and so are the queries of the next choice."""
-    side = Side(memory.create("deep_forcing"))
+    side = Side(memory.create("deep_forcing", **settings))
     side.run(start // 3)
+    side.compare([start, start])  # what the last commit selected stays selected
     frames = [-1, 0, 2, *range(max(start - 9, 3), start)]
     made = side.draw(len(frames))
     given = CleanChunk(jnp.tile(jnp.asarray(frames, jnp.int32), (2, 1)), *made)

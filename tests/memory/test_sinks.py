@@ -136,6 +136,19 @@ def test_a_large_memory_is_updated_in_place(name, large):
     assert use.temp_size_in_bytes < 0.1 * use.alias_size_in_bytes
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_types_stay_where_jax_counts_in_64_bits(name):
+    policy, chunk = memory.create(name), random_chunk(np.random.default_rng(), [0, 0])
+    with jax.enable_x64(True):
+        state = jax.eval_shape(lambda: policy.init(SHAPE, 60, jnp.float32))
+        after = jax.eval_shape(lambda state: policy.commit(policy.recache(state, chunk), chunk), state)
+        view = jax.eval_shape(policy.read, state, jax.ShapeDtypeStruct((2,), jnp.int32))
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), state
+    )
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves((state, view))} == {"int32", "float32"}
+
+
 @pytest.mark.parametrize("chunks", [1, 2, 8])
 @pytest.mark.parametrize("name", WHOLE)
 def test_recache_renews_the_given_frames(name, chunks):

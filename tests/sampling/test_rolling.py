@@ -31,7 +31,7 @@ def model(tiny_model):
 
 @pytest.fixture(scope="module")
 def network(tiny_model):
-    """(latents [f, ...], timesteps [f], memory, embeds) -> flow, keys and values of each frame: the tiny transformer."""
+    """(latents, timesteps, memory, embeds) -> flow, keys and values of each frame: the tiny transformer."""
     config = tiny_model.config.transformer
 
     @jax.jit
