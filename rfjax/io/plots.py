@@ -16,7 +16,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from rfjax.io.atomic import replacing
-from rfjax.memory import HISTORY, SINK, TAIL, Trace
+from rfjax.memory import BLEND, HISTORY, SINK, TAIL, Trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,7 @@ _ROLES = {
     SINK: _Layer("sink: the first frames, always kept", "#0072B2", "up"),
     TAIL: _Layer("tail: the newest frames", "#009E73", "down"),
     HISTORY: _Layer("history: selected from the past", "#D55E00", "both"),
+    BLEND: _Layer("blend of frames: at the newest of them", "#CC79A7", "both"),
 }
 _OWN = _Layer("own chunk: being generated", "#F0B400", "up")
 _CANDIDATE = _Layer("candidate: scored, not selected", "#B5B5B5", "both")
@@ -121,7 +122,7 @@ def _draw(
     }
     for layer, runs in layers.items():
         _draw_runs(axes, runs, layer)
-    order = (_OWN, _ROLES[TAIL], _ROLES[HISTORY], _CANDIDATE, _ROLES[SINK], _PAST)
+    order = (_OWN, _ROLES[TAIL], _ROLES[BLEND], _ROLES[HISTORY], _CANDIDATE, _ROLES[SINK], _PAST)
     return [layer for layer in order if layers[layer]]
 
 

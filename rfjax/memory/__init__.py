@@ -4,6 +4,7 @@ Nothing here knows of a network. See `base` for the contract.
 """
 
 from rfjax.memory.base import (
+    BLEND,
     HISTORY,
     NONE,
     SINK,
@@ -30,6 +31,7 @@ from rfjax.memory.slow_fast import ContextForcing
 from rfjax.memory.window import AttentionSink, SelfForcing
 
 __all__ = [
+    "BLEND",
     "FOREVER",
     "HISTORY",
     "NONE",

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from rfjax.pytree import pytree
 
-NONE, SINK, HISTORY, TAIL = 0, 1, 2, 3
+NONE, SINK, HISTORY, TAIL, BLEND = 0, 1, 2, 3, 4
 """Roles of an attended frame, as they stand in `Trace.roles`."""
 
 
@@ -75,7 +75,7 @@ class Trace:
     positions: Int[Array, "*chunks B Y S P"]
     """Its time position, counted from the chunk's first frame."""
     roles: Int[Array, "*chunks B Y S P"]
-    """NONE, SINK, HISTORY or TAIL."""
+    """NONE, SINK, HISTORY, TAIL or BLEND."""
     selected_frames: Int[Array, "*chunks B Y history"]
     """Frames that the policy chose by score, in time order."""
     candidates: Int[Array, "*chunks B Y candidates"]

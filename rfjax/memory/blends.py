@@ -91,7 +91,7 @@ class BlendPolicy(abc.ABC):
         new, size, blends = chunk.frames, state.frames.shape[1], state.key_blends.shape[2]
         stay = size - self.tail_frames
         # `write` counts in JAX's default integers, as slots from a sort or a search are.
-        slots = jnp.where(new < stay, new, stay + (new - stay) % self.tail_frames).astype(int)
+        slots = jnp.where(new < stay, new, stay + (new - stay) % self.tail_frames)
         full, begun = new[:, :1] >= size, new[:, :1] > size
         blend_slots = jnp.where(full, jnp.arange(stay - blends, stay), size)
         samples = jnp.arange(new.shape[0])[:, None]

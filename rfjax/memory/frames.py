@@ -74,6 +74,8 @@ def plain_choice(frames: Int[Array, "S"], positions: Int[Array, "S"], roles: Int
 class FramePolicy(abc.ABC):
     """Base of the policies that keep whole frames unchanged, the same ones in all layers."""
 
+    name: ClassVar[str]
+
     attends_store: ClassVar[bool] = False
     """Whether a chunk attends to every stored frame. Then the store itself is the view, and nothing is gathered.
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from rfjax.errors import UserError
-from rfjax.memory.base import HISTORY, SINK, TAIL, MemoryShape
+from rfjax.memory.base import BLEND, SINK, TAIL, MemoryShape
 from rfjax.memory.blends import BlendPolicy, BlendStore, empty_blend_store
 from rfjax.memory.registry import register
 
@@ -73,5 +73,5 @@ class MemRope(BlendPolicy):
         return leaving[:, -1:]
 
     def roles(self, blended: Bool[Array, "N"]) -> Int[Array, "N"]:
-        """SINK for the first frames, HISTORY for the averages, TAIL for the others."""
-        return jnp.where(jnp.arange(len(blended)) < self.sink_frames, SINK, jnp.where(blended, HISTORY, TAIL))
+        """SINK for the first frames, BLEND for the averages, TAIL for the others."""
+        return jnp.where(jnp.arange(len(blended)) < self.sink_frames, SINK, jnp.where(blended, BLEND, TAIL))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from rfjax.errors import UserError
-from rfjax.memory.base import SINK, TAIL, MemoryShape
+from rfjax.memory.base import BLEND, SINK, TAIL, MemoryShape
 from rfjax.memory.blends import BlendPolicy, BlendStore, empty_blend_store
 from rfjax.memory.registry import register
 
@@ -63,5 +63,6 @@ class RewardForcing(BlendPolicy):
         return leaving
 
     def roles(self, blended: Bool[Array, "N"]) -> Int[Array, "N"]:
-        """SINK for the first chunk, blended or not, TAIL for the others."""
-        return jnp.where(jnp.arange(len(blended)) < len(blended) - self.tail_frames, SINK, TAIL)
+        """SINK for the first chunk, BLEND once others are folded into it, TAIL for the others."""
+        first = jnp.arange(len(blended)) < len(blended) - self.tail_frames
+        return jnp.where(blended, BLEND, jnp.where(first, SINK, TAIL))

@@ -1,7 +1,6 @@
 """Windows: the last frames, with or without the first ones."""
 
 import dataclasses
-from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
@@ -72,7 +71,6 @@ class AttentionSink(FramePolicy):
     tail_frames: int = 15
     """Last frames before the own chunk."""
 
-    name: ClassVar[str]
     attends_store = True
 
     def __post_init__(self):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rfjax.config import ModelConfig
-from rfjax.memory import CleanChunk, MemoryPolicy, View
+from rfjax.memory import BLEND, CleanChunk, MemoryPolicy, View
 from rfjax.models.functional import AnyArray, Params, bind
 from rfjax.models.transformer import AttendedMemory, TextContext, WanTransformer
 from rfjax.sampling.state import RolloutState, attend, read_memory
@@ -95,10 +95,12 @@ def older_memory(
 ) -> AttendedMemory:
     """Rotate what a view holds of the time before frame `first`, `frames` frames before the view's own chunk.
 
-    A slot is left out where all layers and tokens have later frames in it. Positions are counted from `first`; what
-    stands closer to the chunk than that is moved back, all together, to end directly before it.
+    A slot is left out where all layers and tokens have later frames in it; blends, which a recache does not renew,
+    stay. Positions are counted from `first`; what stands closer to the chunk than that is moved back, all together, to
+    end directly before it.
     """
-    later = (view.trace.frames >= first[:, None, None, None]).all(axis=(1, 3))
+    renewed = (view.trace.frames >= first[:, None, None, None]) & (view.trace.roles != BLEND)
+    later = renewed.all(axis=(1, 3))
     left_out = later | ~view.valid
     order = jnp.argsort(left_out, axis=1, stable=True)
 

@@ -14,7 +14,7 @@ from long_rollout import SHAPE, commit, random_chunk, read, recache, roles_in_or
 from transcribed_sinks import LONG, SHORT, MemRope, RewardForcing
 
 from rfjax import memory
-from rfjax.memory import HISTORY, SINK, TAIL
+from rfjax.memory import BLEND, SINK, TAIL
 
 
 def follows(policy, make, name_of, chunks, shape=SHAPE, dtype=jnp.float32, drift=0.0, tolerance=1e-5):
@@ -88,11 +88,11 @@ def test_the_sink_of_reward_forcing_moves_in_bfloat16():
 
 def test_roles():
     sinks = [roles_in_order(view) for _, view, _ in roll(memory.create("reward_forcing"), 9)]
-    assert sinks == [[], [SINK] * 3, *[[SINK] * 3 + [TAIL] * 3] * 7]
+    assert sinks == [[], [SINK] * 3, [SINK] * 3 + [TAIL] * 3, *[[BLEND] * 3 + [TAIL] * 3] * 6]
     averages = [roles_in_order(view) for _, view, _ in roll(memory.create("memrope"), 9)]
     # What is to become an average is an ordinary frame as long as it is one.
     early = [[SINK] * 3 + [TAIL] * count for count in (0, 3, 6)]
-    assert averages == [[], *early, *[[SINK] * 3 + [HISTORY] * 2 + [TAIL] * 4] * 5]
+    assert averages == [[], *early, *[[SINK] * 3 + [BLEND] * 2 + [TAIL] * 4] * 5]
 
 
 @pytest.mark.parametrize(("name", "rates"), [("reward_forcing", ["rate"]), ("memrope", ["long_rate", "short_rate"])])

