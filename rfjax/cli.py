@@ -1,4 +1,4 @@
-"""The command line: `rfjax generate | convert | benchmark`.
+"""The command line: `rfjax generate | convert | sweep | benchmark`.
 
 A mistake of the user is one line on standard error and exit code 2; an interruption is one line and exit code 130, or
 143 for SIGTERM.
@@ -19,6 +19,7 @@ from rfjax.version import rfjax_version
 COMMANDS = {
     "generate": ("rfjax.commands.generate", "make videos from prompts"),
     "convert": ("checkpoints_convert", "turn PyTorch checkpoints into rfjax checkpoints and back"),
+    "sweep": ("rfjax.commands.sweep", "compare memory policies and their settings on the same prompts"),
     "benchmark": ("rfjax.commands.benchmark", "measure speed and memory on this machine"),
 }
 """Module with `add_arguments(parser)` and `run(args)`, and one line of help, of each command."""

@@ -3,8 +3,11 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 from rfjax.io.names import video_name
+
+Item = TypeVar("Item")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,15 +29,15 @@ def expand(prompts: Sequence[str], samples: int) -> list[Job]:
     return [Job(prompt, sample) for prompt in dict.fromkeys(prompts) for sample in range(samples)]
 
 
-def batches(jobs: Sequence[Job], batch_size: int) -> list[list[Job]]:
-    """Split jobs into the fewest batches of at most `batch_size`, as equal in size as can be.
+def batches(items: Sequence[Item], batch_size: int) -> list[list[Item]]:
+    """Split jobs, or whatever is made together, into the fewest batches of at most `batch_size`, as equal as can be.
 
     Since a program is compiled for one batch size, all batches have the same: the last is filled up by repeating its
-    last job, at most once less often than there are batches.
+    last item, at most once less often than there are batches.
     """
-    if not jobs:
+    if not items:
         return []
-    count = math.ceil(len(jobs) / batch_size)
-    size = math.ceil(len(jobs) / count)
-    filled = [*jobs, *[jobs[-1]] * (count * size - len(jobs))]
+    count = math.ceil(len(items) / batch_size)
+    size = math.ceil(len(items) / count)
+    filled = [*items, *[items[-1]] * (count * size - len(items))]
     return [filled[i : i + size] for i in range(0, len(filled), size)]

@@ -164,9 +164,9 @@ def test_closed_up_memories_stand_before_the_renewed_frames(tiny_model):
         np.testing.assert_allclose(older.keys[:, :, slot : slot + 1], want, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "kept"), [("memrope", 5), ("reward_forcing", 3), ("deep_forcing", 12)])
+@pytest.mark.parametrize(("name", "kept"), [("memrope", 5), ("reward_forcing", 3)])
 def test_what_a_recache_does_not_renew_is_attended(tiny_model, name, kept):
-    """Averages and blended sinks, however new what was folded into them last; tokens of mixed age."""
+    """Averages and blended sinks, however new what was folded into them last."""
     policy = memory.create(name)
     state = filled(tiny_model, policy, 30)
     older = switching.older_memory(
