@@ -219,7 +219,7 @@ def write(
         kept = jax.lax.dynamic_slice(store, at, one)
         return jax.lax.dynamic_update_slice(store, jnp.where(slot < store.shape[2], frame, kept), at)
 
-    return jax.lax.fori_loop(0, slots.size, put, store) if store.shape[2] else store
+    return jax.lax.fori_loop(0, slots.size, put, store) if store.shape[2] and count else store
 
 
 def _narrow(values: Array) -> Array:
