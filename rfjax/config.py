@@ -54,7 +54,7 @@ class _Config:
                 if _plain(value) != cls._fixed[key]:
                     raise UserError(f"{where}.{key} is {value!r}; rfjax has this network with {cls._fixed[key]!r} only")
             elif name not in fields:
-                raise UserError(f"{where}.{key} is not a known setting{nearest(key, fields)}")
+                raise UserError(f"{where}.{key} is not a known setting{nearest(str(key), fields)}")
             else:
                 arguments[name] = _read(hints[name], value, f"{where}.{key}")
         return cls(**arguments)

@@ -173,7 +173,7 @@ def _make_batch(run: Run, batch: list[Job], made: list[Job]) -> None:
             for writer, frames in zip(writers, chunk.frames, strict=False):
                 writer.write(frames)
             run.progress.advance(len(made) * chunk.frames.shape[1])
-            chunks.append(dataclasses.replace(chunk, frames=chunk.frames[:0]))  # the pixels are on their way to disk
+            chunks.append(dataclasses.replace(chunk, frames=chunk.frames[:0].copy()))  # a view would keep the pixels
     write_records(plan, run.budget, chunks, dict(enumerate(made)), len(batch))
 
 

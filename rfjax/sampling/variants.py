@@ -1,19 +1,20 @@
-"""Several policies at once: variants that differ in numbers alone, on one more axis of the same program."""
+"""Several policies at once: variants that differ in numbers alone, as one batch of the same program."""
 
-import functools
+import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from rfjax.errors import UserError
-from rfjax.memory import MemoryPolicy
+from rfjax.memory import CleanChunk, MemoryPolicy, MemoryShape, View
 from rfjax.models.functional import AnyArray
 from rfjax.models.model import Model
-from rfjax.sampling.request import Sizes, request_of
-from rfjax.sampling.rollout import Chunk, chunk_step, encode_text
-from rfjax.sampling.state import empty_state, memory_shape
+from rfjax.pytree import pytree
+from rfjax.sampling.request import sample_keys
+from rfjax.sampling.rollout import Chunk, stream
 
 
 def stream_variants(
@@ -23,10 +24,10 @@ def stream_variants(
     noise: tuple[int, ...],
     key: Array,
 ) -> Iterator[Chunk]:
-    """Generate the same videos under each of V policies, chunk by chunk.
+    """Generate the same B videos under each of V policies, chunk by chunk, as V * B samples.
 
-    All arrays of a chunk have the V policies on their first axis. Each is, to rounding, what `rfjax.stream` gives for
-    that policy with the same prompts, noise and key; parameters, text and noise are there once for all.
+    The samples are in the order of the policies, and each is, to rounding, what `rfjax.stream` gives for its policy
+    with the same prompts, noise and key. Other numbers in the policies do not compile again.
 
     Args:
         model: from `rfjax.load`.
@@ -38,50 +39,92 @@ def stream_variants(
     Raises:
         UserError: policies that differ in more than numbers, or shapes that do not fit the model or each other.
     """
+    policy, count = stack_policies(policies), len(policies)
+    embeds = jnp.concatenate([jnp.asarray(prompt_embeds)] * count)
+    keys = jnp.concatenate([sample_keys(key, noise[0])] * count)
+    return stream(model, policy, embeds, (count * noise[0], *noise[1:]), key=keys)
+
+
+def stack_policies(policies: Sequence[MemoryPolicy]) -> MemoryPolicy:
+    """Return one policy for a batch of V * B samples, of which each V-th part follows its own; a single one as it is.
+
+    Raises:
+        UserError: there is none, or they differ in more than numbers.
+    """
     if not policies:
         raise UserError("policies is empty; at least one is needed")
-    structures = [jax.tree.structure(policy) for policy in policies]
-    for policy, structure in zip(policies, structures, strict=True):
-        if structure != structures[0]:
+    for policy in policies:
+        if jax.tree.structure(policy) != jax.tree.structure(policies[0]):
             raise UserError(
                 f"policies has {policies[0]} and {policy}; they may differ in settings that are floats only"
             )
-    sizes, drawn = request_of(model.config, prompt_embeds, noise, None, key, None)
+    if len(policies) == 1:
+        return policies[0]
     # Stacked Python numbers stay weakly typed, so that a bfloat16 memory stays one.
     stacked = jax.tree.map(lambda *numbers: jnp.stack([jnp.asarray(number) for number in numbers]), *policies)
-    return _stream(model, stacked, len(policies), jnp.asarray(prompt_embeds), sizes, drawn)
+    return StackedPolicies(stacked, len(policies))
 
 
-def _stream(model, policies, count, prompt_embeds, sizes, noise):
-    params, dtype = model.transformer, jnp.dtype(model.dtype)
-    text, states = _begin(model.config, sizes, dtype, count, policies, params, prompt_embeds)
-    for index in range(sizes.chunks):
-        states, chunk = step_variants(model.config, sizes.frame_size, policies, params, text, states, noise.at(index))
-        yield chunk
+@pytree(static=["count"])
+@dataclasses.dataclass(frozen=True)
+class StackedPolicies:
+    """V policies side by side. The network sees their samples as one batch; only the policies' own work is vmapped."""
+
+    policies: Any
+    """A policy whose numbers have a first axis [V]."""
+    count: int
+    """V."""
+
+    name: ClassVar[str] = "variants"
+
+    def init(self, shape: MemoryShape, video_frames: int, dtype: DTypeLike) -> Any:
+        """Return the empty states, on a first axis [V].
+
+        Raises:
+            UserError: as those of the policies.
+        """
+        own = dataclasses.replace(shape, batch=shape.batch // self.count)
+        return jax.vmap(lambda policy: policy.init(own, video_frames, dtype), axis_size=self.count)(self.policies)
+
+    def read(self, state: Any, start: Int[Array, "B"]) -> View:
+        """Gather what the samples of each policy attend to."""
+
+        def own(policy, state, start):
+            view = policy.read(state, start)
+            return view.keys, view.values, view.positions, view.places, view.length, view.trace
+
+        axes = (1, 1, 1, 1, 0, 0)
+        parts = jax.vmap(own, out_axes=axes)(self.policies, state, self._apart(start, 0))
+        return View(
+            *(jax.tree.map(lambda a, axis=axis: _joined(a, axis), p) for p, axis in zip(parts, axes, strict=True))
+        )
+
+    def commit(self, state: Any, chunk: CleanChunk) -> Any:
+        """Add the finished chunks."""
+        return self._each("commit", state, chunk)
+
+    def recache(self, state: Any, frames: CleanChunk) -> Any:
+        """Renew the given frames."""
+        return self._each("recache", state, frames)
+
+    def _each(self, function: str, state: Any, chunk: CleanChunk) -> Any:
+        """Let each policy do something with its own samples."""
+
+        def own(policy, state, *chunk):
+            return getattr(policy, function)(state, CleanChunk(*chunk))
+
+        axes = (0, 1, 1, 1)
+        arrays = (chunk.frames, chunk.queries, chunk.keys, chunk.values)
+        parts = [self._apart(array, axis) for array, axis in zip(arrays, axes, strict=True)]
+        return jax.vmap(own, in_axes=(0, 0, *axes))(self.policies, state, *parts)
+
+    def _apart(self, array: Array, axis: int) -> Array:
+        """Split the axis of samples into one of policies and one of their samples."""
+        own = array.shape[axis] // self.count
+        return array.reshape(*array.shape[:axis], self.count, own, *array.shape[axis + 1 :])
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sizes", "dtype", "count"))
-def _begin(config, sizes: Sizes, dtype, count, policies, params, prompt_embeds):
-    """Return the text, once, and the empty states of `count` policies."""
-    text = encode_text(config, params, prompt_embeds)
-    shape = memory_shape(config, prompt_embeds.shape[0], sizes.frame_size)
-
-    def empty(policy):
-        return empty_state(policy, shape, sizes.video_frames, dtype, sizes.generated[2:])
-
-    return text, jax.vmap(empty, axis_size=count)(policies)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "frame_size"), donate_argnames="states")
-def step_variants(config, frame_size, policies, params, text, states, noise):
-    """`chunk_step` for policies and states with a leading axis; the states given are consumed."""
-
-    def one(policy, state):
-        return chunk_step(config, frame_size, policy, params, text, state, noise)
-
-    return jax.vmap(one)(policies, states)
-
-
-def side_by_side(chunk: Chunk) -> Chunk:
-    """Return a chunk of V policies with B samples each as one of V * B samples, policy by policy."""
-    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), chunk)
+def _joined(array: Array, axis: int) -> Array:
+    """Make one axis of those of policies and samples."""
+    samples = array.shape[axis] * array.shape[axis + 1]
+    return array.reshape(*array.shape[:axis], samples, *array.shape[axis + 2 :])

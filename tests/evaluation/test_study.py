@@ -8,18 +8,27 @@ import yaml
 from rfjax.config import preset_names
 from rfjax.errors import UserError
 from rfjax.evaluation.study import Study, check_same, expand_variants, find_study, load_study, resolved, write_study
-from rfjax.memory import create
+from rfjax.memory import POLICIES, create
 
 CUSTOM = """
 import dataclasses
 from rfjax.memory import register
 from rfjax.memory.window import AttentionSink
 
-@register("mine_{name}")
+@register("mine")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mine(AttentionSink):
     \"\"\"Mine.\"\"\"
 """
+
+
+@pytest.fixture
+def own_policies():
+    """Forget afterwards what a policy's file has registered."""
+    before = set(POLICIES)
+    yield
+    for name in POLICIES.keys() - before:
+        del POLICIES[name]
 
 
 def study_of(*policies, **changes) -> Study:
@@ -64,9 +73,10 @@ def test_names_have_as_many_digits_as_tell_them_apart():
     ]
 
 
+@pytest.mark.usefixtures("own_policies")
 def test_none_presets_and_files_beside_the_study(tmp_path):
     (tmp_path / "near.yaml").write_text("policy: attention_sink\nsettings: {tail_frames: 3}\n")
-    (tmp_path / "own.py").write_text(CUSTOM.format(name="beside_study"))
+    (tmp_path / "own.py").write_text(CUSTOM)
     policies = [
         {"policy": "self_forcing", "settings": {"window_frames": [None, 9]}},
         {"policy": "causvid"},
@@ -78,12 +88,13 @@ def test_none_presets_and_files_beside_the_study(tmp_path):
         "self_forcing,window_frames=9",
         "causvid",
         "near,sink_frames=1",
-        "mine_beside_study",
+        "mine",
     ]
 
 
 WRONG = {
     "unknown key": ({"prompt": ["a"]}, r"s.yaml.prompt is not a known setting; did you mean 'prompts'\?"),
+    "number for a key": ({1: 2}, "s.yaml.1 is not a known setting"),
     "seed": ({"seed": -1}, "s.yaml.seed is -1; a whole number from 0 to 4294967295 is needed"),
     "seed of a wrong type": ({"seed": True}, "s.yaml.seed is True"),
     "samples": ({"num_samples": 0}, "s.yaml.num_samples is 0; a positive whole number"),
@@ -198,6 +209,21 @@ def test_a_name_that_is_not_shipped_is_told():
     with pytest.raises(UserError, match=r"no preset 'polices' in configs/sweeps; .*did you mean 'policies'\?"):
         find_study("polices")
     assert find_study("polices.yaml") == Path("polices.yaml")
+
+
+@pytest.mark.usefixtures("own_policies")
+def test_the_study_in_the_document_is_one(tmp_path):
+    docs = Path(__file__).parents[2] / "docs"
+    blocks = {}
+    for name, kind in (("sweep", "yaml"), ("write_a_policy", "python")):
+        blocks[name] = (
+            (docs / f"{name}.md").read_text(encoding="utf-8").partition(f"```{kind}\n")[2].partition("```")[0]
+        )
+    (tmp_path / "my_study.yaml").write_text(blocks["sweep"], encoding="utf-8")
+    (tmp_path / "random_history.py").write_text(blocks["write_a_policy"], encoding="utf-8")
+    variants = expand_variants(load_study(tmp_path / "my_study.yaml"), tmp_path / "my_study.yaml")
+    assert len(variants) == 17
+    assert variants[-1].name == "random_history"
 
 
 SIZES = {"latent_frames": 6, "height": 16, "width": 32}

@@ -24,19 +24,26 @@ def context(batch=1):
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_streamed_and_scanned_videos_are_the_same(tiny_model, name, tmp_path):
-    """27 chunks of two samples: one compilation, one trace of fixed shape, and a timeline that can be drawn."""
-    policy = memory.create(name)
+def test_streaming(tiny_model, name, tmp_path):
+    """27 chunks of two samples, with and without another prompt from chunk 24 on: one compilation of the step."""
+    policy, shape = memory.create(name), (2, 81, 6, 8, 4)
     jax.clear_caches()
-    shape = (2, 81, 6, 8, 4)
-    chunks = list(rfjax.stream(tiny_model, policy, context(2), shape, key=KEY))
-    assert compilations(module.step) == 1
-    whole = rfjax.rollout(tiny_model, policy, context(2), shape, key=KEY)
-    assert whole.finite.all()
-    latents = np.concatenate([chunk.latents for chunk in chunks], axis=1)
-    np.testing.assert_allclose(latents, whole.latents, atol=2e-4)
+    streams = {}
+    for recache in (None, True, False):
+        switches = [] if recache is None else [rfjax.Switch(72, context(2)[::-1], recache=recache)]
+        streams[recache] = list(rfjax.stream(tiny_model, policy, context(2), shape, key=KEY, switches=switches))
+    assert compilations(module.step) <= 2  # a recache keeps the newest latents, which makes another shape of state
+
+    chunks = streams[None]
+    for recache in (True, False):
+        pairs = [(one.latents, other.latents) for one, other in zip(streams[recache], chunks, strict=True)]
+        for switched, plain in pairs[:24]:
+            np.testing.assert_allclose(switched, plain, atol=2e-4)
+        assert np.abs(pairs[24][0] - pairs[24][1]).max() > 1e-2
+    assert np.abs(streams[True][24].latents - streams[False][24].latents).max() > 1e-3
+
+    assert all(bool(chunk.finite.all()) for stream in streams.values() for chunk in stream)
     trace = jax.tree.map(lambda *leaves: np.stack(leaves), *(chunk.trace for chunk in chunks))
-    np.testing.assert_array_equal(trace.frames, whole.trace.frames)
     starts = 3 * np.arange(27).reshape(-1, 1, 1, 1, 1)
     assert (trace.frames < np.maximum(starts, 1)).all()
     assert ((trace.frames >= 0) == (trace.roles > 0)).all()
@@ -45,30 +52,17 @@ def test_streamed_and_scanned_videos_are_the_same(tiny_model, name, tmp_path):
     assert (tmp_path / "timeline.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES)
-def test_a_sample_does_not_depend_on_its_batch(tiny_model, name):
+def test_whole_rollouts_are_the_streams_of_their_samples(tiny_model, name):
+    """Scanned or streamed, alone or in a batch, a sample is the same."""
     policy, keys = memory.create(name), jax.random.split(KEY, 2)
-    both = rfjax.rollout(tiny_model, policy, context(2), (2, 33, 6, 8, 4), key=keys)
-    alone = rfjax.rollout(tiny_model, policy, context(2)[1:], (1, 33, 6, 8, 4), key=keys[1:])
-    np.testing.assert_allclose(both.latents[1], alone.latents[0], atol=2e-4)
-
-
-@pytest.mark.parametrize("name", POLICIES)
-def test_prompts_switch_under_every_policy(tiny_model, name):
-    policy = memory.create(name)
-    first, second = (context(2)[i : i + 1] for i in range(2))
-    videos = {
-        recache: rfjax.rollout(
-            tiny_model, policy, first, (1, 36, 6, 8, 4), key=KEY, switches=[rfjax.Switch(30, second, recache=recache)]
-        )
-        for recache in (True, False)
-    }
-    plain = rfjax.rollout(tiny_model, policy, first, (1, 36, 6, 8, 4), key=KEY).latents
-    for video in videos.values():
-        assert video.finite.all()
-        np.testing.assert_allclose(video.latents[:, :30], plain[:, :30], atol=2e-4)
-        assert np.abs(video.latents[:, 30:33] - plain[:, 30:33]).max() > 1e-2
-    assert np.abs(videos[True].latents[:, 30:33] - videos[False].latents[:, 30:33]).max() > 1e-3
+    both = rfjax.rollout(tiny_model, policy, context(2), (2, 66, 6, 8, 4), key=keys)
+    alone = list(rfjax.stream(tiny_model, policy, context(2)[1:], (1, 66, 6, 8, 4), key=keys[1:]))
+    latents = np.concatenate([chunk.latents for chunk in alone], axis=1)
+    np.testing.assert_allclose(both.latents[1], latents[0], atol=2e-4)
+    frames = np.stack([chunk.trace.frames for chunk in alone])
+    np.testing.assert_array_equal(both.trace.frames[:, 1], frames[:, 0])
 
 
 @pytest.mark.slow
