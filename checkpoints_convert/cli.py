@@ -23,14 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", type=Path, metavar="FILE|DIR", help="video autoencoder")
     parser.add_argument("--text-encoder", type=Path, metavar="FILE|DIR", help="UMT5 encoder")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder with tokenizer.json")
-    settings = parser.add_mutually_exclusive_group()
-    settings.add_argument(
-        "--config", type=Path, metavar="FILE", help="YAML or JSON settings that the tensors do not tell"
-    )
-    settings.add_argument(
+    parser.add_argument(
         "--preset",
         metavar="NAME",
-        help="key and schedule of a published model: self_forcing (the default's), causvid or rolling_forcing",
+        help="schedule and key of a published model: self_forcing (the default), causvid or rolling_forcing",
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML or JSON settings that the tensors do not tell"
     )
     parser.add_argument("--dtype", help="float32 or bfloat16, the type to write (default: float32)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to create")

@@ -60,7 +60,8 @@ def convert(
         text_encoder: File or folder of the text encoder.
         tokenizer: Folder of the tokenizer.
         config: YAML or JSON file whose settings take precedence over those read off the tensors.
-        preset: Instead, the name of such a file in `configs/convert`, which also names the transformer's state dict.
+        preset: Name of such a file in `configs/convert`, over which `config` takes precedence; it may also name the
+            state dict to be preferred in a `.pt` file.
         dtype: `float32` or `bfloat16`, the type to write.
         report: Takes each line meant for the user.
 
@@ -72,13 +73,17 @@ def convert(
     """
     kind = check_dtype(dtype)
     target = check_output(output)
-    settings = preset_path("convert", preset) if preset else config
-    given = read_mapping(settings) if settings else {}
-    own_key = given.pop("transformer_key", None) if preset else None
+    given = read_mapping(preset_path("convert", preset)) if preset else {}
+    preferred = given.pop("transformer_key", None)
+    given |= read_mapping(config) if config else {}
     paths = {"transformer": transformer, "vae": vae, "text_encoder": text_encoder}
-    keys = {"transformer": transformer_key or own_key}
-    opened = {name: _open(path, NETWORKS[name], keys.get(name)) for name, path in paths.items() if path is not None}
-    model_config = _configuration(opened, given, str(settings) if settings else "")
+    keys = {"transformer": (transformer_key, preferred)}
+    opened = {
+        name: _open(path, NETWORKS[name], *keys.get(name, (None, None)))
+        for name, path in paths.items()
+        if path is not None
+    }
+    model_config = _configuration(opened, given, str(config or preset or ""))
     trees = {
         name: _plan(opened[name], expected, model_config.transformer.patch_size, kind)
         for name, expected in parameter_trees(model_config).items()
@@ -95,8 +100,8 @@ def convert(
     return model_config
 
 
-def _open(path: Path, network: Network, key: str | None) -> Opened:
-    source = open_source(path, network.name, key)
+def _open(path: Path, network: Network, key: str | None, preferred: str | None) -> Opened:
+    source = open_source(path, network.name, key, preferred)
     matched = match(source.label, network, source.tensors)
     sizes = infer_sizes(matched, {name: tensor.shape for name, tensor in source.tensors.items()})
     return Opened(source, matched, sizes, guess_settings(matched, sizes, source.settings))

@@ -40,7 +40,7 @@ class Source:
     """The `config.json` of Wan or diffusers beside the file, empty if there is none."""
 
 
-def open_source(path: Path, network: str, key: str | None = None) -> Source:
+def open_source(path: Path, network: str, key: str | None = None, preferred: str | None = None) -> Source:
     """Open a checkpoint without reading its values.
 
     Args:
@@ -48,6 +48,7 @@ def open_source(path: Path, network: str, key: str | None = None) -> Source:
             the subfolder `network` that diffusers would write.
         network: `transformer`, `vae` or `text_encoder`.
         key: Which of several state dicts in a `.pt` file; `generator_ema`, `generator` or the only one by default.
+        preferred: Key to be taken before these defaults, if the file has it.
 
     Raises:
         UserError: there is no such checkpoint, it is damaged, or it has no such key.
@@ -58,7 +59,7 @@ def open_source(path: Path, network: str, key: str | None = None) -> Source:
             raise UserError(f"{file} has no keys to choose from; leave out --{network}-key {key}")
         tensors = _read_shards(file) if file.name.endswith(_INDEX) else read_safetensors(file)
     else:
-        key, tensors = _state_dict(file, read_torch(file), key)
+        key, tensors = _state_dict(file, read_torch(file), key, preferred)
     label = f"{file} [{key}]" if key else str(file)
     if not tensors:
         raise UserError(f"{label} holds no tensors")
@@ -122,7 +123,9 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _state_dict(file: Path, content: dict[Any, Any], key: str | None) -> tuple[str | None, dict[str, StoredTensor]]:
+def _state_dict(
+    file: Path, content: dict[Any, Any], key: str | None, preferred: str | None
+) -> tuple[str | None, dict[str, StoredTensor]]:
     """Choose the state dict in what a `.pt` file holds, and drop its numbers and text."""
     groups = {name: value for name, value in content.items() if _tensors(value)}
     direct = _tensors(content)
@@ -137,7 +140,7 @@ def _state_dict(file: Path, content: dict[Any, Any], key: str | None) -> tuple[s
         if groups:
             raise UserError(f"{file} mixes tensors with groups of them ({', '.join(map(str, groups))}); choose a key")
         return None, direct
-    chosen = key or next((name for name in _PREFERRED_KEYS if name in groups), None)
+    chosen = key or next((name for name in (preferred, *_PREFERRED_KEYS) if name in groups), None)
     if chosen is None and len(groups) == 1:
         chosen = next(iter(groups))
     if chosen is None:

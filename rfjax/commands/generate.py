@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from rfjax.commands.prompt_schedule import read_schedule
+from rfjax.commands.prompt_schedule import has_word, read_schedule
 from rfjax.errors import UserError
 
 DEFAULT_PROMPT = "A red fox trots through fresh snow at the edge of a birch forest, morning light"
@@ -135,7 +135,7 @@ def read_prompts(prompt: str | None, prompt_file: Path | None) -> list[str]:
         prompt.encode()
     except UnicodeEncodeError:
         raise UserError(f"--prompt is {prompt!r}, which is not valid UTF-8") from None
-    if not _has_word(prompt):
+    if not has_word(prompt):
         raise UserError(f"--prompt is {prompt!r}; it needs at least one word")
     return [prompt.strip()]
 
@@ -151,16 +151,9 @@ def _read_prompt_file(path: Path) -> list[str]:
     if not prompts:
         raise UserError(f"the prompt file {path} holds no prompt; write one a line")
     for number, prompt in prompts:
-        if not _has_word(prompt):
+        if not has_word(prompt):
             raise UserError(f"line {number} of the prompt file {path} is {prompt!r}; it needs at least one word")
     return [prompt for _, prompt in prompts]
-
-
-def _has_word(prompt: str) -> bool:
-    """Whether anything is left of a prompt when the tokenizer has cleaned it."""
-    from rfjax.models.tokenizer import clean_prompt  # imports JAX
-
-    return bool(clean_prompt(prompt))
 
 
 def _whole(least: int, most: int | None = None) -> Callable[[str], int]:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 from rich.console import Console
 
@@ -22,6 +23,7 @@ from rfjax.io.checkpoints import TOKENIZER, load
 from rfjax.io.video import VideoWriter
 from rfjax.models.model import Model
 from rfjax.models.tokenizer import Tokenizer
+from rfjax.sampling import rolling
 from rfjax.sampling.budget import GB, Budget, check_fits, device_limit, estimate, needs, out_of_memory_says
 from rfjax.sampling.codec import encode_prompt
 from rfjax.sampling.jobs import Job
@@ -36,6 +38,8 @@ class Run:
     plan: Plan
     budget: Budget
     model: Model
+    switches: list[Switch]
+    """Changes of prompt, with embeddings of a single sample."""
     progress: ChunkProgress
     interruptions: Interruptions
 
@@ -50,6 +54,10 @@ def generate(args: argparse.Namespace, prompts: list[str], schedule: list[Schedu
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     plan = make_plan(args, prompts, schedule)
     budget = estimate(plan.config, plan.policy, plan.video, plan.settings["dtype"], plan.pass_chunks)
+    if plan.sampler == "rolling":
+        size = plan.video.latent_height, plan.video.latent_width
+        attended = rolling.attended_frames(plan.config, plan.policy, size, plan.video.latent_frames)
+        budget = dataclasses.replace(budget, attended_frames=attended)
     limit = device_limit(jax.devices()[0])
     for line in _introduction(plan, budget, limit):
         console.print(line)
@@ -67,10 +75,10 @@ def generate(args: argparse.Namespace, prompts: list[str], schedule: list[Schedu
 
 
 def _make_all(plan: Plan, budget: Budget, model: Model, console: Console) -> None:
-    done = 0
+    done, switches = 0, _switches(plan, model)
     try:
         with Interruptions() as interruptions, ChunkProgress(console, len(plan.batches) * plan.chunks) as progress:
-            run = Run(plan, budget, model, progress, interruptions)
+            run = Run(plan, budget, model, switches, progress, interruptions)
             for batch in plan.batches:
                 made = list(dict.fromkeys(batch))  # without the repeats that fill up the last batch
                 progress.label(_numbers(done, len(made), len(plan.missing)))
@@ -112,12 +120,8 @@ def _introduction(plan: Plan, budget: Budget, limit: int | None) -> list[str]:
 def _changes(plan: Plan) -> str:
     """Say when the prompt changes, in the seconds at which chunks begin."""
     factor, fps = plan.vae.temporal_factor, plan.settings["fps"]
-    times = [
-        f"{(1 + factor * (frame - 1)) / fps:.4g}{' (cut)' * entry.cut}"
-        for frame, entry in plan.schedule.items()
-        if frame
-    ]
-    return f"prompt changes ({plan.settings['prompt_switch']}) at {', '.join(times) or 'no time'} s"
+    times = [f"{(1 + factor * (frame - 1)) / fps:.4g}{' (cut)' * entry.cut}" for frame, entry in plan.schedule.items()]
+    return f"prompt changes ({plan.settings['prompt_switch']}) at {', '.join(times)} s"
 
 
 def _size(plan: Plan) -> str:
@@ -165,9 +169,12 @@ def _make_batch(run: Run, batch: list[Job], made: list[Job]) -> None:
             )
             for job in made
         ]
-        switches = _switches(run, len(batch))
-        frames = settings["latent_frames"]
-        stream = stream_video(run.model, plan.policy, embeds, frames, size, keys, switches, plan.sampler)
+        switches = [
+            dataclasses.replace(switch, prompt_embeds=jnp.repeat(switch.prompt_embeds, len(batch), axis=0))
+            for switch in run.switches
+        ]
+        length = settings["latent_frames"]
+        stream = stream_video(run.model, plan.policy, embeds, length, size, keys, switches, plan.sampler)
         for chunk in stream:
             run.interruptions.check()
             for writer, frames in zip(writers, chunk.frames, strict=False):
@@ -177,14 +184,10 @@ def _make_batch(run: Run, batch: list[Job], made: list[Job]) -> None:
     write_records(plan, run.budget, chunks, dict(enumerate(made)), len(batch))
 
 
-def _switches(run: Run, batch: int) -> list[Switch]:
-    """Encode the scheduled prompts but the first."""
-    recache = run.plan.settings.get("prompt_switch") == "recache"
-    return [
-        Switch(start, encode(run.model, [entry.prompt] * batch), recache, entry.cut)
-        for start, entry in run.plan.schedule.items()
-        if start
-    ]
+def _switches(plan: Plan, model: Model) -> list[Switch]:
+    """Encode the prompts that take over in the video."""
+    recache = plan.settings.get("prompt_switch") == "recache"
+    return [Switch(start, encode(model, [entry.prompt]), recache, entry.cut) for start, entry in plan.schedule.items()]
 
 
 def check_prompts(plan: Plan, prompts: Iterable[str]) -> None:

@@ -20,6 +20,7 @@ from rfjax.io.paths import kind_of
 from rfjax.memory import MemoryPolicy, parse
 from rfjax.sampling.budget import VideoShape
 from rfjax.sampling.jobs import Job, batches, expand
+from rfjax.sampling.switching import WINDOW_CHUNKS
 
 TOY = Path(rfjax.__file__).parent / "assets" / "toy"
 """The checkpoint that comes with rfjax: tiny, with random weights."""
@@ -52,7 +53,7 @@ class Plan:
     sampler: Literal["chunk", "rolling"]
     """How chunks are denoised: one after the other, or several together."""
     schedule: dict[int, ScheduledPrompt]
-    """Prompts by the latent frame from which they hold; empty where the prompt does not change."""
+    """Prompts that take over in the video, by the latent frame from which they hold."""
 
     @property
     def video(self) -> VideoShape:
@@ -67,8 +68,10 @@ class Plan:
 
     @property
     def pass_chunks(self) -> int:
-        """Chunks that go through the network together."""
-        return len(self.config.denoising_steps) if self.sampler == "rolling" else 1
+        """The most chunks that go through the network together."""
+        if self.sampler == "rolling":
+            return len(self.config.denoising_steps)
+        return WINDOW_CHUNKS if self.settings.get("prompt_switch") == "recache" else 1
 
     @property
     def chunks(self) -> int:
@@ -119,10 +122,9 @@ def make_plan(args: argparse.Namespace, prompts: list[str], schedule: list[Sched
     starts: dict[int, ScheduledPrompt] = {}
     if schedule:
         length = settings["latent_frames"]
-        frames = switch_frames(
+        starts = switch_frames(
             schedule, args.prompt_schedule, config.chunk_frames, vae.temporal_factor, args.fps, length
         )
-        starts = dict(zip(frames, schedule, strict=True))
         settings["prompt_schedule"] = [dataclasses.asdict(entry) for entry in schedule]
         settings["prompt_switch"] = args.prompt_switch or "recache"
     outputs.check_writable(args.output)

@@ -11,6 +11,9 @@ import yaml
 
 from rfjax.errors import UserError, nearest
 
+LATEST = 1e7
+"""Seconds that a video cannot reach."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ScheduledPrompt:
@@ -49,7 +52,7 @@ def _read_list(path: Path) -> list[Any]:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the prompt schedule {path}: {error.strerror}") from None
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"the prompt schedule {path} is not valid YAML: {error}") from None
     if not isinstance(entries, list) or not entries:
         raise UserError(f"the prompt schedule {path} holds no list; write entries such as '- {{at: 0, prompt: a fox}}'")
@@ -64,16 +67,21 @@ def _entry(where: str, entry: Any) -> ScheduledPrompt:
         if key not in known:
             raise UserError(f"{where} has {key!r}; it may have: {', '.join(known)}{nearest(str(key), known)}")
     at, prompt, cut = entry["at"], entry["prompt"], entry.get("cut", False)
-    if isinstance(at, bool) or not isinstance(at, int | float) or not math.isfinite(at) or at < 0:
-        raise UserError(f"{where}: at is {at!r}; seconds of at least 0 are needed")
-    if not isinstance(prompt, str) or not _has_word(prompt):
+    if isinstance(at, bool) or not isinstance(at, int | float) or not 0 <= at < LATEST:
+        raise UserError(f"{where}: at is {at!r}; seconds of at least 0 and less than {LATEST:g} are needed")
+    if not isinstance(prompt, str):
+        raise UserError(
+            f"{where}: prompt is {prompt!r}; text is needed, in quotes where YAML takes it for something else"
+        )
+    if not has_word(prompt):
         raise UserError(f"{where}: prompt is {prompt!r}; it needs at least one word")
     if not isinstance(cut, bool):
         raise UserError(f"{where}: cut is {cut!r}; true or false is needed")
     return ScheduledPrompt(float(at), prompt.strip(), cut)
 
 
-def _has_word(prompt: str) -> bool:
+def has_word(prompt: str) -> bool:
+    """Whether anything is left of a prompt when the tokenizer has cleaned it."""
     from rfjax.models.tokenizer import clean_prompt  # imports JAX
 
     return bool(clean_prompt(prompt))
@@ -81,8 +89,10 @@ def _has_word(prompt: str) -> bool:
 
 def switch_frames(
     schedule: Sequence[ScheduledPrompt], path: Path, chunk: int, factor: int, fps: int, latent_frames: int
-) -> list[int]:
-    """Return the latent frame from which each prompt holds: that of the first chunk that begins at its second or later.
+) -> dict[int, ScheduledPrompt]:
+    """Return the prompts but the first by the latent frame from which each holds.
+
+    That is the first frame of the first chunk that begins at the prompt's second or later.
 
     Args:
         schedule: from `read_schedule`.
@@ -95,7 +105,7 @@ def switch_frames(
     Raises:
         UserError: a prompt would begin after the end of the video, or in the same chunk as the one before.
     """
-    starts = [0]
+    starts: dict[int, ScheduledPrompt] = {}
     for number, entry in enumerate(schedule[1:], 2):
         first = max(0, math.ceil(round(entry.at * fps, 6)) - 1) / factor + 1  # latent frame of that video frame
         start = max(1, math.ceil(first / chunk)) * chunk
@@ -104,10 +114,10 @@ def switch_frames(
             raise UserError(
                 f"{path}: entry {number} is at {entry.at:g} s, later than the last chunk of the {seconds:.4g} s begins"
             )
-        if start == starts[-1]:
+        if start in starts:
             raise UserError(
                 f"{path}: entries {number - 1} and {number} (at {schedule[number - 2].at:g} and {entry.at:g} s) fall "
                 f"into the same chunk; a chunk lasts {chunk * factor / fps:g} s"
             )
-        starts.append(start)
+        starts[start] = entry
     return starts

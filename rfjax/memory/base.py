@@ -129,5 +129,8 @@ class MemoryPolicy(Protocol):
         ...
 
     def recache(self, state: Any, frames: CleanChunk) -> Any:
-        """Return the state with those of its frames renewed that are among the given ones, made under a new prompt."""
+        """Return the state with those of its frames renewed that are among the given ones, made under a new prompt.
+
+        Given are the newest frames of the video, one to four chunks of them, in the order of time.
+        """
         ...

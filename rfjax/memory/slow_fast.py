@@ -175,7 +175,7 @@ class ContextForcing:
     def _decide(self, state: SlowFastMemory, chunk: CleanChunk) -> tuple[SlowFastMemory, Int[Array, "L B"]]:
         """Note the chunk's feature and the decision; return also its place in Slow, one beyond the last for none."""
         start, count = chunk.frames[:, 0], chunk.frames.shape[1]
-        feature = chunk.keys.mean(axis=(2, 3), dtype=jnp.float32)
+        feature = _mean_key(chunk.keys)
         similarity = _cosine(feature, state.feature)
         tested = (start >= self.fast_frames) & (start // count % self.every_chunks == 0)
         chosen = tested & ((similarity < self.threshold) | (self.consolidate == "uniform"))
@@ -200,7 +200,10 @@ class ContextForcing:
         return jnp.where(frames < slots, frames, jnp.where(frames < following - past, slots, ring))
 
     def recache(self, state: SlowFastMemory, frames: CleanChunk) -> SlowFastMemory:
-        """Renew the given frames where they are stored, in both slots of a frame that is there twice."""
+        """Renew the given frames where they are stored, in both slots of a frame that is there twice.
+
+        The next chunk is then compared with the last one as it is under the new prompt.
+        """
         slots = state.frames.shape[-1]
         given = jnp.broadcast_to(frames.frames, (*state.frames.shape[:2], frames.frames.shape[1]))
         first, from_last = slots_of(state.frames, given), slots_of(state.frames[..., ::-1], given)
@@ -209,8 +212,12 @@ class ContextForcing:
         def renew(store, new):
             return write(write(store, new, first), new, last)
 
+        chunk = self.sink_frames + self.slow_frames + self.fast_frames - slots
         return dataclasses.replace(
-            state, keys=renew(state.keys, frames.keys), values=renew(state.values, frames.values)
+            state,
+            keys=renew(state.keys, frames.keys),
+            values=renew(state.values, frames.values),
+            feature=_mean_key(frames.keys[:, :, -chunk:]),
         )
 
 
@@ -223,6 +230,10 @@ def _afresh(state: SlowFastMemory, start: Int[Array, "B"]) -> SlowFastMemory:
         slow=jnp.where(begins[:, None], -1, state.slow),
         candidate=jnp.where(begins, -1, state.candidate),
     )
+
+
+def _mean_key(keys: Float[Array, "L B n T C"]) -> Float[Array, "L B C"]:
+    return keys.mean(axis=(2, 3), dtype=jnp.float32)
 
 
 def _cosine(a: Float[Array, "*shape C"], b: Float[Array, "*shape C"]) -> Float[Array, "*shape"]:

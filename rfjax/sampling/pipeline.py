@@ -69,6 +69,8 @@ def stream_video(
     """
     noise_shape = (prompt_embeds.shape[0], latent_frames, *frame_size, model.config.transformer.in_dim)
     if sampler == "rolling":
+        if switches:
+            raise UserError("the rolling sampler cannot change prompts, since its chunks overlap; use sampler='chunk'")
         chunks = rolling.stream(model, policy, prompt_embeds, noise_shape, key=keys)
     else:
         chunks = stream(model, policy, prompt_embeds, noise_shape, key=keys, switches=switches)

@@ -1,6 +1,7 @@
 """What a rollout is asked for, checked: every mistake is found here, before anything is computed."""
 
 import dataclasses
+import numbers
 from collections.abc import Sequence
 
 import jax
@@ -9,8 +10,12 @@ from jaxtyping import Array, Float, Int, Key
 
 from rfjax.config import ModelConfig
 from rfjax.errors import UserError
+from rfjax.memory import MemoryPolicy
+from rfjax.memory.check import check_policy
 from rfjax.models.functional import AnyArray
+from rfjax.models.model import Model
 from rfjax.pytree import pytree
+from rfjax.sampling.state import memory_shape
 from rfjax.sampling.switching import WINDOW_CHUNKS, Switch
 
 
@@ -111,6 +116,12 @@ def request_of(
     return Sizes(tuple(shape), given, config.chunk_frames, recent), ChunkNoise(keys, initial, later_noise)
 
 
+def check_memory(model: Model, policy: MemoryPolicy, sizes: Sizes) -> None:
+    """Check the policy for a rollout of these sizes, or raise `UserError`; free of cost after the first time."""
+    shape = memory_shape(model.config, sizes.generated[0], sizes.frame_size)
+    check_policy(policy, shape, sizes.video_frames, model.dtype)
+
+
 def _check_shapes(config: ModelConfig, prompt_embeds, shape, given: int) -> None:
     network = config.transformer
     if len(shape) != 5 or shape[-1] != network.in_dim:
@@ -140,9 +151,14 @@ def _check_embeds(config: ModelConfig, name: str, embeds, batch: int) -> None:
 
 
 def _check_switches(config: ModelConfig, switches: Sequence[Switch], shape, given: int) -> None:
-    end, before = given + shape[1], given
+    end, before = given + shape[1], given - (given > 0)  # the generated part of a continued video may begin with one
     for number, switch in enumerate(switches):
         name = f"switches[{number}]"
+        if not isinstance(switch.start, numbers.Integral):
+            raise UserError(f"{name} starts at frame {switch.start!r}; a whole number is needed")
+        if not hasattr(switch.prompt_embeds, "ndim"):
+            kind = type(switch.prompt_embeds).__name__
+            raise UserError(f"{name}: prompt_embeds is a {kind}; an array from rfjax.encode_prompt is needed")
         if switch.start % config.chunk_frames:
             raise UserError(
                 f"{name} starts at frame {switch.start}; a multiple of the chunk's {config.chunk_frames} is needed"

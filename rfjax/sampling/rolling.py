@@ -169,6 +169,18 @@ def _read_window(policy: MemoryPolicy, state: RolloutState, frames: int, fewest:
     return dataclasses.replace(view, trace=trace)
 
 
+def attended_frames(config: ModelConfig, policy: MemoryPolicy, frame_size: tuple[int, int], video_frames: int) -> int:
+    """How many frames the passes over a full window attend to, its own included, once the memory is full."""
+    frames = len(config.denoising_steps) * config.chunk_frames
+    shape = memory_shape(config, 1, frame_size)
+
+    def keys():
+        state = empty_state(policy, shape, video_frames, jnp.float32, (*frame_size, config.transformer.in_dim))
+        return _read_window(policy, state, frames, config.chunk_frames).keys
+
+    return jax.eval_shape(keys).shape[2] + frames
+
+
 @functools.partial(jax.jit, static_argnames=("config", "sizes", "dtype"))
 def _empty(config, sizes, dtype, policy, params, prompt_embeds):
     # All comes out of one program with the text, so that it lies where the parameters lie from the first step on.

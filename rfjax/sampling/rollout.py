@@ -9,7 +9,7 @@ Source: Self-Forcing `pipeline/causal_inference.py`.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -177,7 +177,7 @@ def rollout(
     renoise: Float[AnyArray, "chunks steps B n H W C"] | None = None,
     key: Array | None = None,
     initial_latents: Float[AnyArray, "B G H W C"] | None = None,
-    switches: Sequence[Switch] = (),
+    switches: Iterable[Switch] = (),
 ) -> Rollout:
     """Generate a whole video per sample as one compiled program, or one for each stretch of a prompt.
 
@@ -195,9 +195,10 @@ def rollout(
     Raises:
         UserError: shapes that do not fit the model or each other, noise to draw and no key, or switches out of order.
     """
+    switches = tuple(switches)
     sizes, drawn = request_of(model.config, prompt_embeds, noise, renoise, key, initial_latents, switches)
     config, frame_size, params = model.config, sizes.frame_size, model.transformer
-    given = None if initial_latents is None else chunks_of(initial_latents, config.chunk_frames)
+    given = None if initial_latents is None else chunks_of(initial_latents, config.chunk_frames).astype(jnp.float32)
     dtype, embeds = jnp.dtype(model.dtype), jnp.asarray(prompt_embeds)
     ends = [sizes.chunk_at(switch.start) for switch in switches] + [sizes.chunks]
     state, chunks = _whole(config, sizes, dtype, policy, params, embeds, given, drawn.part(0, ends[0]), ends[0])
@@ -223,7 +224,7 @@ def stream(
     renoise: Float[AnyArray, "chunks steps B n H W C"] | None = None,
     key: Array | None = None,
     initial_latents: Float[AnyArray, "B G H W C"] | None = None,
-    switches: Sequence[Switch] = (),
+    switches: Iterable[Switch] = (),
 ) -> Iterator[Chunk]:
     """Generate the same video as `rollout`, chunk by chunk; given frames are not repeated.
 
@@ -231,6 +232,7 @@ def stream(
     computed. With `noise` a shape, memory does not grow with the length of the video. Arguments and errors are those
     of `rollout`.
     """
+    switches = tuple(switches)
     sizes, drawn = request_of(model.config, prompt_embeds, noise, renoise, key, initial_latents, switches)
     return _stream(model, policy, prompt_embeds, sizes, drawn, initial_latents, switches)
 
@@ -239,7 +241,7 @@ def _stream(model, policy, prompt_embeds, sizes, noise, initial_latents, switche
     text, state = begin(model, policy, prompt_embeds, sizes)
     shared = (model.config, sizes.frame_size, policy, model.transformer)
     for latents in () if initial_latents is None else chunks_of(initial_latents, model.config.chunk_frames):
-        state = _remember(*shared, text, state, latents)
+        state = _remember(*shared, text, state, latents.astype(jnp.float32))
     due = {sizes.chunk_at(switch.start): switch for switch in switches}
     for index in range(sizes.chunks):
         if index in due:

@@ -110,8 +110,9 @@ def older_memory(
 
     length = jnp.sum(~left_out, axis=1, dtype=jnp.int32)
     positions = gather(view.positions) + frames
-    kept = (jnp.arange(order.shape[1]) < length[:, None])[None, :, :, None]
-    newest = jnp.max(positions, axis=(0, 2, 3), keepdims=True, where=kept, initial=-1)
+    # Of slots that hold both, by layer or token, what is renewed stands where it truly is.
+    older = ~gather(jnp.moveaxis(renewed, 1, 0)) & (jnp.arange(order.shape[1]) < length[:, None])[None, :, :, None]
+    newest = jnp.max(jnp.where(older, positions, -1), axis=(0, 2, 3), keepdims=True, initial=-1)
     moved = dataclasses.replace(
         view,
         keys=gather(view.keys),

@@ -31,7 +31,9 @@ def test_entries_are_read(tmp_path):
         ("- {at: .nan, prompt: a}", "entry 1: at is nan"),
         ("- {at: true, prompt: a}", "entry 1: at is True"),
         ("- {at: 0, prompt: ' '}", "entry 1: prompt is ' '; it needs at least one word"),
-        ("- {at: 0, prompt: 7}", "entry 1: prompt is 7"),
+        ("- {at: 0, prompt: yes}", "entry 1: prompt is True; text is needed, in quotes"),
+        ("- {at: 0, prompt: 2024-13-01}", "is not valid YAML: month must be in 1..12"),
+        ("- {at: 1.0e+308, prompt: a}", r"entry 1: at is 1e\+308; seconds of at least 0 and less than 1e\+07"),
         ("- {at: 0, prompt: a, cut: 1}", "entry 1: cut is 1; true or false"),
         ("- {at: 2, prompt: a}", "entry 1 is at 2 s; the first prompt begins at 0"),
         ("- {at: 0, prompt: a, cut: true}", "entry 1 has cut; there is no scene before it"),
@@ -55,23 +57,23 @@ def test_a_missing_file(tmp_path):
 
 def starts(*seconds, latent_frames=60, fps=16):
     schedule = [ScheduledPrompt(float(at), "a") for at in (0, *seconds)]
-    return switch_frames(schedule, Path("s.yaml"), 3, 4, fps, latent_frames)
+    return list(switch_frames(schedule, Path("s.yaml"), 3, 4, fps, latent_frames))
 
 
 def test_a_prompt_begins_with_the_first_chunk_at_or_after_its_second():
     for tenth in range(1, 100):
         at = tenth / 10
-        start = starts(at)[1]
+        (start,) = starts(at)
         assert (1 + 4 * (start - 1)) / 16 >= at > (1 + 4 * (start - 4)) / 16
-    assert starts(9 / 16) == [0, 3]  # the second chunk begins with video frame 9
-    assert starts(0.001, 5) == [0, 3, 21]
-    assert starts(5, fps=8) == [0, 12]
+    assert starts(9 / 16) == [3]  # the second chunk begins with video frame 9
+    assert starts(0.001, 5) == [3, 21]
+    assert starts(5, fps=8) == [12]
 
 
 def test_prompts_that_find_no_chunk():
     with pytest.raises(UserError, match=r"entry 2 is at 15 s, later than the last chunk of the 14\.81 s begins"):
         starts(15)
     with pytest.raises(
-        UserError, match=r"entries 2 and 3 \(at 5 and 5\.1 s\) fall into the same chunk; a chunk lasts 0\.75"
+        UserError, match=r"entries 2 and 3 \(at 5 and 5\.05 s\) fall into the same chunk; a chunk lasts 0\.75"
     ):
-        starts(5, 5.1)
+        starts(5, 5.05)

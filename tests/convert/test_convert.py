@@ -129,6 +129,35 @@ def test_key_of_a_self_forcing_checkpoint(tmp_path, key):
     assert (model.config.vae, model.vae, model.config.umt5, model.text_encoder) == (None,) * 4
 
 
+@pytest.mark.parametrize(
+    ("preset", "key", "steps"),
+    [
+        ("causvid", "generator", (1000, 757, 522)),
+        ("rolling_forcing", "generator_ema", (1000, 800, 600, 400, 200)),
+        ("self_forcing", "generator_ema", (1000, 750, 500, 250)),
+    ],
+)
+def test_presets_choose_key_and_schedule(tmp_path, preset, key, steps):
+    """The golden file holds both keys, so that the preset's own choice shows."""
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("transformer: {num_heads: 2}\n", encoding="utf-8")
+    model = run(GOLDEN / "self_forcing_tiny.pt", tmp_path / "out", preset=preset, config=settings)
+    assert model.config.denoising_steps == steps
+    assert model.config.timestep_shift == (8.0 if preset == "causvid" else 5.0)
+    assert model.config.warp_denoising_steps == (preset != "causvid")
+    tensors = golden_tensors("self_forcing_tiny.pt", key)
+    got = model.transformer["blocks"]["cross_attn"]["o"]["kernel"][0]
+    np.testing.assert_array_equal(got, tensors["model.blocks.0.cross_attn.o.weight"].T)
+
+
+def test_a_preset_serves_files_without_its_key_and_a_config_over_it(tmp_path):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("timestep_shift: 3.0\ntransformer: {num_heads: 2}\n", encoding="utf-8")
+    model = run(GOLDEN / "wan_bidirectional_tiny.pth", tmp_path / "out", preset="causvid", config=settings)
+    assert model.config.denoising_steps == (1000, 757, 522)
+    assert model.config.timestep_shift == 3.0
+
+
 @pytest.mark.parametrize("key", ["generator", "state_dict"])
 def test_a_single_state_dict_needs_no_key(tmp_path, key):
     tensors = golden_tensors("wan_bidirectional_tiny.pth")

@@ -129,6 +129,22 @@ def test_a_switch_in_a_continued_video(tiny_model):
     np.testing.assert_allclose(rest.latents, whole.latents, atol=1e-5)
 
 
+def test_a_new_prompt_where_the_given_part_ends(tiny_model):
+    whole = run(tiny_model, longlive(), ())
+    switch = rfjax.Switch(12, context(1), recache=False)
+    named = {"frames": 12, "initial_latents": whole.latents[:, :12]}
+    rest = run(tiny_model, longlive(), [switch], **named)
+    same = run(tiny_model, longlive(), (one for one in [switch]), **named)
+    np.testing.assert_array_equal(rest.latents, same.latents)
+    assert np.abs(rest.latents[:, 12:] - whole.latents[:, 12:]).max() > 1e-2
+    chunks = rfjax.stream(
+        tiny_model, longlive(), context(), (1, 12, 6, 8, 4), key=KEY, switches=[switch],
+        initial_latents=whole.latents[:, :12],
+    )  # fmt: skip
+    streamed = np.concatenate([chunk.latents for chunk in chunks], axis=1)
+    np.testing.assert_allclose(streamed, rest.latents[:, 12:], atol=1e-5)
+
+
 def test_a_cut_places_one_chunk_far_away(tiny_model):
     policy = memory.create("attention_sink", sink_frames=1, tail_frames=2)
     trace = run(tiny_model, policy, (rfjax.Switch(12, context(1), recache=False, cut=True),)).trace
@@ -194,6 +210,21 @@ def test_switches_compile_once_for_each_number_of_renewed_frames(tiny_model):
 def test_switches_out_of_order(tiny_model, starts, message):
     with pytest.raises(UserError, match=message):
         run(tiny_model, longlive(), [rfjax.Switch(start, context(1)) for start in starts])
+
+
+def test_switches_of_the_wrong_kind(tiny_model):
+    with pytest.raises(UserError, match=r"switches\[0\]: prompt_embeds is a str; an array"):
+        run(tiny_model, longlive(), [_unchecked(12, "a fox")])
+    with pytest.raises(UserError, match=r"switches\[0\] starts at frame 12.0; a whole number"):
+        run(tiny_model, longlive(), [_unchecked(12.0, context(1))])
+
+
+def _unchecked(start, embeds):
+    """A Switch as it can be made where annotations are not checked."""
+    switch = object.__new__(rfjax.Switch)
+    for name, value in {"start": start, "prompt_embeds": embeds, "recache": True, "cut": False}.items():
+        object.__setattr__(switch, name, value)
+    return switch
 
 
 def test_a_prompt_that_does_not_fit(tiny_model):
