@@ -284,8 +284,9 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the configuration {path}: {error}") from None
-    except (json.JSONDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from None
+    except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: a date without such a day, too
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {reason}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds {type(values).__name__}; a mapping of settings is needed")
     return values

@@ -18,6 +18,7 @@ from rfjax.io import outputs
 from rfjax.io.checkpoints import CONFIG, TOKENIZER, check_dtype, load_checkpoint_config
 from rfjax.io.paths import kind_of
 from rfjax.memory import MemoryPolicy, parse
+from rfjax.memory.policy_file import policy_source
 from rfjax.sampling.budget import VideoShape
 from rfjax.sampling.jobs import Job, batches, expand
 from rfjax.sampling.switching import WINDOW_CHUNKS
@@ -109,7 +110,11 @@ def make_plan(args: argparse.Namespace, prompts: list[str], schedule: list[Sched
     height, width = frame_pixels(config, vae, args.height, args.width)
     settings = {
         "checkpoint": fingerprint(checkpoint),
-        "policy": {"name": policy.name, **dataclasses.asdict(policy)},  # pyright: ignore[reportArgumentType]
+        "policy": {
+            "name": policy.name,
+            **dataclasses.asdict(policy),  # pyright: ignore[reportArgumentType]
+            **policy_source(policy),
+        },
         "latent_frames": latent_frames(config.chunk_frames, vae.temporal_factor, seconds, args.latent_frames, args.fps),
         "height": height,
         "width": width,

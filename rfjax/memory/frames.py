@@ -10,8 +10,10 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from rfjax.errors import UserError
 from rfjax.memory.base import NONE, CleanChunk, MemoryShape, Trace, View
 from rfjax.pytree import pytree
 
@@ -113,7 +115,9 @@ class FramePolicy(abc.ABC):
         """Gather the frames that `choose` takes for each sample, valid ones first."""
 
         def decide(frames, features, start):
-            return self._ordered(choose(Stored(frames, features, state.shape), start))
+            choice = choose(Stored(frames, features, state.shape), start)
+            _check_choice(self.name, choice)
+            return self._ordered(choice)
 
         choice = jax.vmap(decide)(state.frames, state.features, start)
         keys, values = state.keys, state.values
@@ -220,6 +224,21 @@ def write(
         return jax.lax.dynamic_update_slice(store, jnp.where(slot < store.shape[2], frame, kept), at)
 
     return jax.lax.fori_loop(0, slots.size, put, store) if store.shape[2] and count else store
+
+
+def _check_choice(name: str, choice: object) -> None:
+    """Refuse a decision whose arrays do not belong together: gathering would clamp what is missing."""
+    if not isinstance(choice, Choice):
+        raise UserError(
+            f"policy {name!r}: choose returned {type(choice).__name__}; a rfjax.memory.Choice is needed, as from "
+            "plain_choice"
+        )
+    shapes = {field.name: list(np.shape(getattr(choice, field.name))) for field in dataclasses.fields(choice)}
+    for together in (("frames", "positions", "roles"), ("candidates", "scores"), ("selected",)):
+        first, *others = (shapes[part] for part in together)
+        if len(first) != 1 or any(other != first for other in others):
+            said = ", ".join(f"{part} {shapes[part]}" for part in together)
+            raise UserError(f"policy {name!r}: choose returned {said}; one axis of the same length is needed")
 
 
 def _narrow(values: Array) -> Array:

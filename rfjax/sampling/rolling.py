@@ -26,7 +26,7 @@ from rfjax.models.functional import AnyArray, Params, bind
 from rfjax.models.model import Model
 from rfjax.models.transformer import TextContext, WanTransformer
 from rfjax.pytree import pytree
-from rfjax.sampling.request import ChunkNoise, draw_noise, request_of
+from rfjax.sampling.request import ChunkNoise, check_memory, draw_noise, request_of
 from rfjax.sampling.rollout import Chunk, Rollout, encode_text, remember
 from rfjax.sampling.schedule import add_noise, few_steps, sigma_at
 from rfjax.sampling.state import RolloutState, attend, empty_state, memory_shape, read_memory
@@ -258,6 +258,7 @@ def rollout(
         UserError: shapes that do not fit the model or each other, noise to draw and no key, or given latents.
     """
     sizes, drawn = _request_of(model.config, prompt_embeds, noise, renoise, key, initial_latents)
+    check_memory(model, policy, sizes)
     shared, state, window = _begin(model, policy, prompt_embeds, sizes)
     before = len(model.config.denoising_steps) - 1
     full, parts = max(sizes.chunks - before, 0), []
@@ -291,6 +292,7 @@ def stream(
     `rollout`.
     """
     sizes, drawn = _request_of(model.config, prompt_embeds, noise, renoise, key, initial_latents)
+    check_memory(model, policy, sizes)
     return _stream(model, policy, prompt_embeds, sizes, drawn)
 
 

@@ -21,7 +21,7 @@ from rfjax.models.functional import AnyArray, Params, bind
 from rfjax.models.model import Model
 from rfjax.models.transformer import TextContext, WanTransformer
 from rfjax.pytree import pytree
-from rfjax.sampling.request import ChunkNoise, Sizes, chunks_of, draw_noise, request_of
+from rfjax.sampling.request import ChunkNoise, Sizes, check_memory, chunks_of, draw_noise, request_of
 from rfjax.sampling.schedule import add_noise, few_steps, sigma_at
 from rfjax.sampling.state import RolloutState, attend, empty_state, memory_shape, read_memory
 from rfjax.sampling.switching import Switch, recached_frames, switch_prompt
@@ -197,6 +197,7 @@ def rollout(
     """
     switches = tuple(switches)
     sizes, drawn = request_of(model.config, prompt_embeds, noise, renoise, key, initial_latents, switches)
+    check_memory(model, policy, sizes)
     config, frame_size, params = model.config, sizes.frame_size, model.transformer
     given = None if initial_latents is None else chunks_of(initial_latents, config.chunk_frames).astype(jnp.float32)
     dtype, embeds = jnp.dtype(model.dtype), jnp.asarray(prompt_embeds)
@@ -234,6 +235,7 @@ def stream(
     """
     switches = tuple(switches)
     sizes, drawn = request_of(model.config, prompt_embeds, noise, renoise, key, initial_latents, switches)
+    check_memory(model, policy, sizes)
     return _stream(model, policy, prompt_embeds, sizes, drawn, initial_latents, switches)
 
 

@@ -1,11 +1,14 @@
 """Lengths and sizes asked for on the command line."""
 
+import argparse
 import shutil
 
 import jax
 import pytest
 
-from rfjax.commands.plan import TOY, fingerprint, latent_frames
+from rfjax import memory
+from rfjax.commands.generate import add_arguments
+from rfjax.commands.plan import TOY, fingerprint, latent_frames, make_plan
 from rfjax.errors import UserError
 from rfjax.io.checkpoints import load, save
 
@@ -62,3 +65,23 @@ def test_fingerprint_tells_other_weights(tmp_path):
         shutil.copytree(TOY / name, tmp_path / "other" / name)
     assert (tmp_path / "other/config.json").read_text() == (TOY / "config.json").read_text()
     assert fingerprint(tmp_path / "other") != fingerprint(TOY)
+
+
+def test_settings_tell_another_version_of_a_policys_file(tmp_path):
+    """A folder of videos by one version must not take those of another."""
+    path = tmp_path / "mine.py"
+    source = (
+        "import dataclasses\nfrom rfjax.memory import AttentionSink, register\n@register('mine')\n"
+        "@dataclasses.dataclass(frozen=True)\nclass Mine(AttentionSink):\n    tail_frames: int = 4\n"
+    )
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args(["--policy", f"{path}:Mine", "--latent-frames", "3", "--output", str(tmp_path / "out")])
+    recorded = []
+    for ending in ("", "", "    # another rule\n"):
+        path.write_text(source + ending, encoding="utf-8")
+        recorded.append(make_plan(args, ["a fox"], []).settings["policy"])
+    memory.POLICIES.pop("mine")
+    assert recorded[0] == recorded[1] != recorded[2]
+    known = {"name": "mine", "sink_frames": 3, "tail_frames": 4, "file": "mine.py"}
+    assert recorded[0] == {**known, "code": recorded[0]["code"]}

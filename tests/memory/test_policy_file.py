@@ -1,18 +1,17 @@
-"""Policies in a user's own file: that of docs/write_a_policy.md, and what is said of those that break the contract."""
+"""Policies in a user's own file, that of docs/write_a_policy.md among them, and presets of settings."""
 
 import dataclasses
 import re
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_policies import SHAPE, attended, follow, holds_its_frames
 
 from rfjax import cli, memory
 from rfjax.errors import UserError
-from rfjax.memory.check import check_policy
+from rfjax.memory.policy_file import policy_source
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "write_a_policy.md"
 (EXAMPLE,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
@@ -40,7 +39,7 @@ def test_the_documented_policy_is_short():
 
 def test_the_documented_policy_follows_its_rule(example):
     policy = memory.create(example, reservoir_frames=9)
-    drawn = []
+    drawn: list[list[int]] = [[], []]
     for start, view, history in follow(policy, 40):
         holds_its_frames(view, history)
         for sample in range(SHAPE.batch):
@@ -52,8 +51,11 @@ def test_the_documented_policy_follows_its_rule(example):
             assert positions == (-4, -3, -2, -1)
             assert (frames[0], frames[1], frames[3]) == (0, 1, start - 1)
             assert max(2, start - 9) <= frames[2] < start - 1
-            drawn.append(start - frames[2])
-    assert len(set(drawn)) > 4
+            drawn[sample].append(start - frames[2])
+    assert all(len(set(ages)) > 4 for ages in drawn)
+    assert drawn[0] != drawn[1]
+    with pytest.raises(UserError, match="sink_frames >= 0 and reservoir_frames >= 2 are needed"):
+        memory.create(example, reservoir_frames=1)
 
 
 @pytest.mark.slow
@@ -65,10 +67,57 @@ def test_the_documented_policy_makes_a_video(example, tmp_path, monkeypatch, cap
     assert len(list(Path("outputs").glob("*.mp4"))) == 1
 
 
-def test_loading_a_file_twice_gives_the_same_class(example):
+def test_an_unchanged_file_gives_the_same_class_and_an_edited_one_another(example):
     first, second = memory.create(example), memory.create(example, seed=1)
     assert type(first) is type(second)
     assert memory.parse_text(f"{example}:seed=1") == second
+    path = Path(example.removesuffix(":RandomHistory"))
+    path.write_text(EXAMPLE.replace("seed: int = 0", "seed: int = 3"), encoding="utf-8")
+    third = memory.create(example)
+    assert type(third) is not type(first)
+    assert dataclasses.asdict(third)["seed"] == 3  # pyright: ignore[reportArgumentType]
+    assert policy_source(first)["file"] == policy_source(third)["file"] == "random_history.py"
+    assert policy_source(first)["code"] != policy_source(third)["code"]
+    assert re.fullmatch("sha256:[0-9a-f]{16}", policy_source(third)["code"])
+    path.write_text(EXAMPLE, encoding="utf-8")
+    assert type(memory.create(example)) is type(first)
+
+
+def test_a_built_in_policy_has_no_source():
+    assert policy_source(memory.create("relax_forcing")) == {}
+
+
+def test_files_of_one_name_in_two_folders(tmp_path, registered):
+    names = []
+    for folder, sink in (("a", 1), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / "mine.py"
+        path.write_text(EXAMPLE.replace("sink_frames: int = 2", f"sink_frames: int = {sink}"), encoding="utf-8")
+        names.append(f"{path}:RandomHistory")
+    sinks = [dataclasses.asdict(memory.create(name))["sink_frames"] for name in (*names, *names)]  # pyright: ignore
+    assert sinks == [1, 2, 1, 2]
+
+
+HEAD = "import dataclasses\nimport typing\nfrom rfjax.memory import *\n@register('mine')\n"
+FROZEN = HEAD + "@dataclasses.dataclass(frozen=True, kw_only=True)\n"
+
+
+def test_settings_of_every_type(tmp_path, registered):
+    path = tmp_path / "mine.py"
+    fields = "flag: bool = False; word: str = 'a'; most: typing.Optional[int] = None; kind: typing.Literal[1, 'x'] = 1"
+    path.write_text(f"{FROZEN}class Mine(AttentionSink):\n    {fields}\n", encoding="utf-8")
+    name = f"{path}:Mine"
+    typed = memory.parse(name, {"flag": "True", "word": "b", "most": "3", "kind": "x"})
+    assert typed == memory.create(name, flag=np.True_, word="b", most=3, kind="x")
+    assert memory.parse(name, {"most": "none", "kind": "1"}) == memory.create(name)
+    for settings, message in (
+        ({"flag": 1}, "flag is 1; it must be true or false"),
+        ({"word": 1}, "word is 1; it must be text"),
+        ({"most": True}, "most is True; it must be a whole number or none"),
+        ({"kind": "y"}, "kind is 'y'; it must be one of 1, 'x'"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            memory.create(name, **settings)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +134,24 @@ def test_loading_a_file_twice_gives_the_same_class(example):
             "Mine",
             "policy Mine is no frozen dataclass",
         ),
+        ("import sys\nsys.exit('no')\n", "Mine", "does not run: line 2: SystemExit: no"),
+        (HEAD + "class Mine(AttentionSink): weight: float = 1.0\n", "Mine", "policy Mine is no frozen dataclass"),
+        (
+            FROZEN + "class Mine(FramePolicy):\n    def capacity(self, shape, video_frames): return 3\n",
+            "Mine",
+            "policy Mine lacks choose(stored, start), last_reader(frame, shape)",
+        ),
+        (
+            FROZEN + "class Mine(AttentionSink): sizes: tuple[int, ...] = ()\n",
+            "Mine",
+            "policy Mine: the setting sizes is a tuple[int, ...]; it can be int, float, bool, str, Literal[...]",
+        ),
+        (FROZEN + "class Mine(AttentionSink): size: int\n", "Mine", "cannot be made: TypeError: "),
+        (
+            FROZEN.replace("mine", "causvid") + "class Mine(AttentionSink): pass\n",
+            "Mine",
+            "the policy name 'causvid' belongs to a preset of rfjax",
+        ),
         (
             "import dataclasses\nfrom rfjax.memory import register\n@register('relax_forcing')\n"
             "@dataclasses.dataclass(frozen=True)\nclass Mine: pass\n",
@@ -100,81 +167,16 @@ def test_files_that_hold_no_policy(tmp_path, registered, content, name, message)
     with pytest.raises(UserError) as error:
         memory.create(f"{path}:{name}")
     assert message in str(error.value)
-
-
-def spoilt(**functions):
-    made = type("Mine", (memory.AttentionSink,), functions)
-    return dataclasses.dataclass(frozen=True, kw_only=True)(made)
-
-
-def check(policy):
-    return check_policy(policy, SHAPE, 30, jnp.float32)
-
-
-def view_with(**changes):
-    def read(self, state, start):
-        view = memory.AttentionSink.read(self, state, start)
-        trace = {key[6:]: changes[key](getattr(view.trace, key[6:])) for key in changes if key.startswith("trace_")}
-        own = {key: change(getattr(view, key)) for key, change in changes.items() if not key.startswith("trace_")}
-        return _replace(view, **own, trace=_replace(view.trace, **trace))
-
-    return read
-
-
-def _replace(tree, **changes):
-    """`dataclasses.replace` without the shape checks of a real construction."""
-    copy = object.__new__(type(tree))
-    for field in dataclasses.fields(tree):
-        object.__setattr__(copy, field.name, changes.get(field.name, getattr(tree, field.name)))
-    return copy
-
-
-@pytest.mark.parametrize(
-    ("functions", "message"),
-    [
-        ({"commit": None}, "(Mine) has no function commit(state, chunk)"),
-        ({"recache": None}, "(Mine) has no function recache(state, frames)"),
-        ({"read": lambda self, state, start: state.keys}, "read returned ShapeDtypeStruct; a rfjax.memory.View"),
-        (
-            {"read": view_with(keys=lambda k: k[:, :, :, :2])},
-            "read returned a view's keys of shape [2, 2, 18, 2, 8] and type float32; [L=2, B=2, S=18, T=3, C=8]",
-        ),
-        (
-            {"read": view_with(values=lambda v: v.astype(jnp.bfloat16))},
-            "a view's values of shape [2, 2, 18, 3, 8] and type bf",
-        ),
-        ({"read": view_with(positions=lambda p: p[0])}, "a view's positions of shape [2, 18, 1]"),
-        ({"read": view_with(positions=lambda p: p[0])}, "[Y=1 or 2, B=2, S=18, P=1 or 3] and int32 are needed"),
-        ({"read": view_with(length=lambda n: n.sum())}, "a view's length of shape []"),
-        ({"read": view_with(trace_frames=lambda f: f[:, 0])}, "a trace's frames of shape [2, 18, 1]"),
-        ({"commit": lambda self, state, chunk: state.keys}, "commit returned PyTreeDef(*)"),
-        (
-            {"commit": lambda self, state, chunk: _replace(state, frames=state.frames[:, 1:])},
-            "commit returned state.frames of shape [2, 17] and type int32; init made it [2, 18] and int32",
-        ),
-        ({"commit": lambda self, state, chunk: 1 / 0}, "commit failed"),
-    ],
-)
-def test_what_is_said_of_a_policy_that_breaks_the_contract(functions, message):
-    with pytest.raises(UserError) as error:
-        check(spoilt(**functions)())
-    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_failing_function_is_found_in_the_users_file(tmp_path, registered):
-    path = tmp_path / "mine.py"
-    path.write_text(EXAMPLE.replace("jnp.arange(-len(frames), 0)", "jnp.arange(-start, 0)"), encoding="utf-8")
-    line = 1 + path.read_text(encoding="utf-8").splitlines().index("        positions = jnp.arange(-start, 0)")
-    with pytest.raises(
-        UserError, match=rf"\(RandomHistory\): read failed in line {line} of mine.py: ConcretizationTypeError"
-    ):
-        check(memory.create(f"{path}:RandomHistory"))
-
-
-def test_an_unspoilt_policy_passes():
-    state, view = check(spoilt()())
-    assert state.keys.shape == view.keys.shape == (2, 2, 18, 3, 8)
+def test_a_file_without_a_class_lists_its_classes(example):
+    path = example.removesuffix(":RandomHistory")
+    for name in (path, f"{path}:"):
+        with pytest.raises(UserError, match=r"write .*random_history.py:CLASS; it has: RandomHistory"):
+            memory.create(name)
+    with pytest.raises(UserError, match="has ';' after its class"):
+        memory.parse_text(f"{example};seed=3")
 
 
 @pytest.mark.parametrize(
@@ -188,6 +190,10 @@ def test_an_unspoilt_policy_passes():
         ("policy: relax_forcing\nsettings: {sink: 1}\n", "relax_forcing has no setting 'sink'"),
         ("policy: relax_forcing\nsettings: {sink_frames: x}\n", "sink_frames is 'x'; it must be a whole number"),
         ("policy: relax_forcing\nsettings: 3\n", "settings is 3; a mapping is needed"),
+        ("policy: relax_forcing\nsettings: []\n", "settings is []; a mapping is needed"),
+        ("policy: relax_forcing\nsettings: {on: 2}\n", "relax_forcing has no setting True"),
+        ("policy: [relax_forcing]\n", "policy is ['relax_forcing']; there are:"),
+        ("description: 2024-99-99\n", "is not valid YAML: month must be in 1..12"),
     ],
 )
 def test_presets_that_are_wrong(tmp_path, content, message):
@@ -203,6 +209,13 @@ def test_a_preset_can_be_changed(tmp_path):
     path.write_text("policy: relax_forcing\nsettings: {sink_frames: 4, tail_frames: 2}\n", encoding="utf-8")
     policy = memory.create(str(path), tail_frames=3)
     assert policy == memory.create("relax_forcing", sink_frames=4, tail_frames=3)
+
+
+def test_a_preset_may_hold_text_numbers_and_name_a_file(tmp_path, registered):
+    (tmp_path / "mine.py").write_text(FROZEN + "class Mine(AttentionSink): rate: float = 1.0\n", encoding="utf-8")
+    path = tmp_path / "mine.yaml"
+    path.write_text("policy: mine.py:Mine\nsettings: {rate: 1e-3, sink_frames: 2}\n", encoding="utf-8")
+    assert memory.create(str(path)) == memory.create(f"{tmp_path}/mine.py:Mine", rate=0.001, sink_frames=2)
 
 
 def test_a_float_field_of_a_users_policy_is_traced(tmp_path, registered):

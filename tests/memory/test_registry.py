@@ -26,6 +26,7 @@ SHAPE = MemoryShape(layers=30, batch=1, heads=12, head_dim=128, rows=30, columns
         ("self_forcing", {"window_frames": 0}, "window_frames is 0; a positive number"),
         ("self_forcing", {"sink_frames": -1}, "sink_frames is -1; 0 or more"),
         ("attention_sink", {"tail_frames": -2}, "tail_frames is -2; 0 or more"),
+        ("relax_forcing:sink_frames=2", {}, "settings go apart from the name, as --set KEY=VALUE"),
     ],
 )
 def test_create_says_what_is_wrong(name, settings, message):
