@@ -16,7 +16,15 @@ from rfjax.errors import UserError
 from rfjax.evaluation import results as module
 from rfjax.evaluation.measures import SCALARS, SERIES, measure
 from rfjax.evaluation.results import MEASURES, Result, measure_videos
-from rfjax.evaluation.tables import check_format, results_table, series_table, spread, spreads, write_table
+from rfjax.evaluation.tables import (
+    check_format,
+    paired_scalars,
+    results_table,
+    scalars,
+    series_table,
+    spread,
+    write_table,
+)
 from rfjax.io.video_reader import read_frames
 
 VARIANTS = variants_of(
@@ -79,7 +87,7 @@ def test_parquet_has_types_and_replaces_csv(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["results.parquet"]
     table = pyarrow.parquet.read_table(tmp_path / "results.parquet")
     assert table.to_pydict() == {**columns, "mixed": ["hybrid", "3", None]}
-    assert [str(kind) for kind in table.schema.types] == ["double", "int64", "string", "string", "null"]
+    assert [str(kind) for kind in table.schema.types] == ["double", "int64", "string", "string", "double"]
 
 
 def test_parquet_without_pyarrow_names_the_extra(monkeypatch, tmp_path):
@@ -95,7 +103,17 @@ def test_spread_leaves_out_what_is_unknown():
     assert one.mean == 4
     assert math.isnan(one.deviation)
     assert math.isnan(spread([math.nan]).mean)
-    assert spreads(results_of(VARIANTS), "flicker")["self_forcing,window_frames=9"].mean == 2.125
+    assert scalars(results_of(VARIANTS), "flicker")["self_forcing,window_frames=9"] == [2.0, 2.25]
+
+
+def test_pairing_takes_away_what_all_variants_share():
+    results = results_of(VARIANTS)
+    paired = paired_scalars(results, "motion")
+    assert [paired[variant.name] for variant in VARIANTS] == [[0.125] * 2, [1.125] * 2, [2.125] * 2]
+    for name, values in scalars(results, "motion").items():
+        assert spread(paired[name]).mean == spread(values).mean
+    incomplete = paired_scalars(results[:-1], "motion")  # without the dog of the last variant
+    assert incomplete["self_forcing,window_frames=9"] == [pytest.approx(2 - 1 + (1 + 0.75) / 2)]
 
 
 def test_measures_are_kept_until_the_video_is_made_again(tmp_path, monkeypatch):
