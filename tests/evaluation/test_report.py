@@ -16,6 +16,7 @@ from study_fakes import make_video, record_of, results_of, variants_of
 
 from rfjax.evaluation import report_plots as plots
 from rfjax.evaluation.looks import PALETTE, find_axis, looks_of, some
+from rfjax.evaluation.measures import SERIES
 from rfjax.evaluation.report import thumbnails, write_report
 from rfjax.evaluation.results import Result
 
@@ -203,6 +204,18 @@ def test_every_variant_has_its_colour_in_the_pictures():
     (bars,) = plots.selected_frames(canvas)
     assert {color.lower() for color in PALETTE[:2]} <= colors_of(bars)
     assert PALETTE[2].lower() not in colors_of(bars)
+
+
+def test_a_few_frames_at_the_end_are_no_second():
+    def drawn(last: float, seconds: float) -> bytes:
+        results = results_of(THREE[:1], prompts=("a cat",))
+        results[0].record["video"]["seconds"] = seconds
+        for quantity in SERIES:
+            getattr(results[0].measures, quantity.name)[-1] = last
+        return plots.over_time(plots.Canvas(results, looks_of(THREE, None), None))
+
+    assert drawn(1e6, 3.2) == drawn(5.0, 3.2)
+    assert drawn(1e6, 3.6) != drawn(5.0, 3.6)
 
 
 def test_pictures_of_a_setting():
