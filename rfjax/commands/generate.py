@@ -14,7 +14,12 @@ DEFAULT_SECONDS = 10.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `rfjax generate`."""
-    what = parser.add_argument_group("what to make")
+    _add_what(parser.add_argument_group("what to make"))
+    _add_how(parser.add_argument_group("how to make it"))
+    _add_where(parser.add_argument_group("where to put it"))
+
+
+def _add_what(what: argparse._ArgumentGroup) -> None:
     prompts = what.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", metavar="TEXT", help="what the video shows (default: a fox in the snow)")
     prompts.add_argument("--prompt-file", metavar="FILE", type=Path, help="a prompt a line, UTF-8")
@@ -52,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with the number of the sample it fixes the video, whatever the batch (default: 0)",
     )
 
-    how = parser.add_argument_group("how to make it")
+
+def _add_how(how: argparse._ArgumentGroup) -> None:
     how.add_argument(
         "--checkpoint",
         metavar="DIR",
@@ -90,7 +96,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="float32 or bfloat16 (default: bfloat16 on a GPU or TPU, float32 on a CPU)",
     )
 
-    where = parser.add_argument_group("where to put it")
+
+def _add_where(where: argparse._ArgumentGroup) -> None:
     where.add_argument(
         "--output",
         metavar="DIR",
