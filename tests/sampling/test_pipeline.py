@@ -13,6 +13,7 @@ from rfjax.sampling import pipeline
 from rfjax.sampling.codec import decode
 from rfjax.sampling.pipeline import keys_from_seed, stream_video
 from rfjax.sampling.rollout import rollout
+from rfjax.sampling.switching import Switch
 
 FRAMES, SIZE = 9, (6, 8)
 
@@ -99,3 +100,12 @@ def test_nan_is_said_with_its_chunk(tiny_model, embeds):
 def test_checkpoint_without_autoencoder_is_a_user_error(tiny_model, embeds):
     with pytest.raises(UserError, match="no autoencoder"):
         next(stream(dataclasses.replace(tiny_model, vae=None), embeds, [0, 1]))
+
+
+def test_the_rolling_sampler_refuses_to_change_prompts(tiny_model):
+    embeds = jnp.zeros((1, 12, 24))
+    switches = [Switch(3, embeds)]
+    with pytest.raises(UserError, match="the rolling sampler cannot change prompts"):
+        stream_video(
+            tiny_model, create("relax_forcing"), embeds, 6, (6, 8), keys_from_seed(0, [0]), switches, sampler="rolling"
+        )

@@ -266,3 +266,9 @@ def test_the_preset_is_the_published_memory():
     preset = read_mapping(preset_path("policies", "rolling_forcing"))
     assert sorted(preset["settings"]) == ["anchor_frames", "window_frames"]
     assert memory.create(preset["policy"], **preset["settings"]) == rolling_forcing()
+
+
+@pytest.mark.parametrize(("name", "attended"), [("rolling_forcing", 21), ("relax_forcing", 19), ("infinity_rope", 18)])
+def test_what_a_full_window_attends_to(model, name, attended):
+    """Five chunks of their own, and what the policy has room for beside them."""
+    assert rolling.attended_frames(model.config, memory.create(name), (6, 8), 60) == attended

@@ -230,3 +230,11 @@ def _unchecked(start, embeds):
 def test_a_prompt_that_does_not_fit(tiny_model):
     with pytest.raises(UserError, match=r"switches\[0\]: prompt_embeds has 2 samples and noise 1"):
         run(tiny_model, longlive(), [rfjax.Switch(12, np.concatenate([context(0), context(1)]))])
+
+
+def test_given_latents_of_64_bits(tiny_model):
+    given = np.random.default_rng(0).normal(size=(1, 3, 6, 8, 4))
+    with jax.enable_x64(True):
+        wide = run(tiny_model, longlive(), [rfjax.Switch(6, context(1))], frames=6, initial_latents=given).latents
+    assert wide.dtype == jnp.float32
+    assert np.isfinite(wide).all()
