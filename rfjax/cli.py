@@ -1,4 +1,4 @@
-"""The command line: `rfjax generate | convert | sweep | benchmark`.
+"""The command line: `rfjax generate | convert | sweep | data | train | benchmark`.
 
 A mistake of the user is one line on standard error and exit code 2; an interruption is one line and exit code 130, or
 143 for SIGTERM.
@@ -20,6 +20,8 @@ COMMANDS = {
     "generate": ("rfjax.commands.generate", "make videos from prompts"),
     "convert": ("checkpoints_convert", "turn PyTorch checkpoints into rfjax checkpoints and back"),
     "sweep": ("rfjax.commands.sweep", "compare memory policies and their settings on the same prompts"),
+    "data": ("rfjax.commands.data", "build datasets to train on"),
+    "train": ("rfjax.commands.train", "train a model, a stage at a time"),
     "benchmark": ("rfjax.commands.benchmark", "measure speed and memory on this machine"),
 }
 """Module with `add_arguments(parser)` and `run(args)`, and one line of help, of each command."""
@@ -60,12 +62,25 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError(f"no command given; there are: {', '.join(COMMANDS)} (see rfjax --help)")
     if not first.startswith("-") and first not in COMMANDS:
         raise UserError(f"unknown command {first!r}; there are: {', '.join(COMMANDS)}{nearest(first, COMMANDS)}")
+    command = _kind(command, first, argv[1:])
     flags = [flag for action in command._actions for flag in action.option_strings]
     # Before argparse, which would rather speak of a required flag that is missing because it was misspelt.
     _refuse([word for word in argv if word[:2] == "--" and " " not in word and _name(word) not in flags], flags)
     args, unknown = parser.parse_known_args(argv)
     _refuse(unknown, flags)
     return args
+
+
+def _kind(command: argparse.ArgumentParser, name: str, words: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser of the kind that the words after a command name, or the command's own if it has no kinds."""
+    kinds = next((action.choices for action in command._actions if isinstance(action.choices, dict)), None)
+    if name not in COMMANDS or kinds is None or words[:1] in (["-h"], ["--help"]):
+        return command
+    if not words or words[0] not in kinds:
+        what = f"unknown kind {words[0]!r}" if words else "no kind given"
+        hint = nearest(words[0], kinds) if words else ""
+        raise UserError(f"rfjax {name}: {what}; there are: {', '.join(kinds)}{hint}")
+    return kinds[words[0]]
 
 
 def _name(flag: str) -> str:

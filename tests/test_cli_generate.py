@@ -307,7 +307,7 @@ def test_mistake_is_one_line_and_nothing_is_written(generate, flags, message):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "no command given; there are: generate, convert, sweep, benchmark"),
+        ([], "no command given; there are: generate, convert, sweep, data, train, benchmark"),
         (["generat"], "did you mean 'generate'?"),
         (["--versoin"], "unknown argument '--versoin'; did you mean '--version'?"),
         (["convert", "--transfomer", "x.pt"], "unknown argument '--transfomer'; did you mean '--transformer'?"),

@@ -46,16 +46,17 @@ class Interruptions:
     """
 
     def __init__(self):
-        self._noted: type[KeyboardInterrupt] | None = None
+        self.noted: type[KeyboardInterrupt] | None = None
+        """What has come: what `check()` would raise."""
         self._handling = _handling(_RAISED, self._note)
 
     def check(self) -> None:
         """Raise what has come."""
-        if self._noted is not None:
-            raise self._noted
+        if self.noted is not None:
+            raise self.noted
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted = _RAISED[signal.Signals(number)]
+        self.noted = _RAISED[signal.Signals(number)]
 
     def __enter__(self) -> "Interruptions":
         self._handling.__enter__()

@@ -40,6 +40,10 @@ _PIECE_BYTES = 2**28
 """Bytes of a lazy leaf in memory at a time, or one layer where that is more."""
 
 
+class DamagedCheckpointError(UserError):
+    """A checkpoint that cannot be read, as opposed to one that does not fit."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LazyArray:
     """A leaf that is computed while it is written, piece by piece along its first axis."""
@@ -167,7 +171,13 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
                 folder.rmdir()
 
 
-def save(path: str | Path, config: ModelConfig, params: Mapping[str, Params], tokenizer: Path | None = None) -> None:
+def save(
+    path: str | Path,
+    config: ModelConfig,
+    params: Mapping[str, Params],
+    tokenizer: Path | None = None,
+    rest: Path | None = None,
+) -> None:
     """Write a checkpoint folder, whole or not at all.
 
     Args:
@@ -175,18 +185,22 @@ def save(path: str | Path, config: ModelConfig, params: Mapping[str, Params], to
         config: Sizes; it must have the networks of `params` and no others.
         params: Parameters by network (`transformer`, `vae`, `text_encoder`); a leaf may be a `LazyArray`.
         tokenizer: Folder whose tokenizer files to copy.
+        rest: Checkpoint folder whose copies stand for the networks that `params` lacks.
 
     Raises:
         UserError: `path` holds something already or cannot be written.
         ValueError: `params` and `config` do not have the same networks.
     """
     networks = parameter_trees(config).keys()
-    if networks != params.keys():
+    copied = networks - params.keys() if rest is not None else set()
+    if networks != params.keys() | copied:
         raise ValueError(f"parameters of {sorted(params)} with the configuration of {sorted(networks)}")
 
     def write(folder: Path) -> None:
         for name, tree in params.items():
             _write_tree(folder / name, tree)
+        for name in copied:
+            shutil.copytree(Path(rest or "") / name, folder / name)
         if tokenizer is not None:
             copy_tokenizer(tokenizer, folder / TOKENIZER)
         write_json(folder / CONFIG, config.to_dict())
@@ -247,6 +261,18 @@ def load(path: str | Path, dtype: str = "float32") -> Model:
     )
 
 
+def load_network(folder: Path, name: str, dtype: str = "float32") -> Params:
+    """Load one network of a checkpoint folder (`transformer`, `vae` or `text_encoder`).
+
+    Raises:
+        UserError: as `load`, or the checkpoint has no such network.
+    """
+    trees = parameter_trees(load_checkpoint_config(folder))
+    if name not in trees:
+        raise UserError(f"the checkpoint {folder} has no {name}; it has {', '.join(trees)}")
+    return _restore(folder / name, trees[name], check_dtype(dtype))
+
+
 def load_checkpoint_config(folder: Path) -> ModelConfig:
     """Read the sizes of a checkpoint folder.
 
@@ -283,8 +309,8 @@ def read_leaf(folder: Path, path: str, layers: int | None = None) -> Iterator[np
     Raises:
         UserError: the folder is damaged.
     """
-    with _readable(folder):
-        store = _open(folder, [path])[path]
+    with readable(folder):
+        store = open_arrays(folder, [path])[path]
         for index in [...] if layers is None else range(layers):
             yield store[index].read().result()
 
@@ -296,7 +322,7 @@ def _restore(folder: Path, expected: Params, dtype: np.dtype[Any]) -> Params:
     def leaf(keys: tuple[Any, ...], _: Any) -> jax.Array:
         return jax.device_put(tensorstore.cast(stores[_path(keys)], dtype).read().result())
 
-    with _readable(folder):
+    with readable(folder):
         return jax.tree_util.tree_map_with_path(leaf, expected)
 
 
@@ -305,15 +331,15 @@ def _open_all(folder: Path, expected: Params) -> dict[str, tensorstore.TensorSto
     if kind_of(folder, "the folder") != "folder":
         raise UserError(f"{folder} is missing, but {folder.parent / CONFIG} has this network")
     wanted = {_path(keys): leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(expected)}
-    with _readable(folder):
+    with readable(folder):
         tree = json.loads((folder / "_METADATA").read_text(encoding="utf-8"))["tree_metadata"]
         found = {".".join(key["key"] for key in entry["key_metadata"]) for entry in tree.values()}
     for name in sorted(wanted.keys() - found):
         raise UserError(f"{folder} lacks the parameter {name}, which {CONFIG} asks for{nearest(name, found)}")
     for name in sorted(found - wanted.keys()):
         raise UserError(f"{folder} has the parameter {name}, which {CONFIG} does not ask for{nearest(name, wanted)}")
-    with _readable(folder):
-        stores = _open(folder, wanted)
+    with readable(folder):
+        stores = open_arrays(folder, wanted)
     for name, shape in wanted.items():
         if stores[name].shape != shape:
             shapes = f"{list(stores[name].shape)}; {CONFIG} asks for {list(shape)}"
@@ -321,7 +347,8 @@ def _open_all(folder: Path, expected: Params) -> dict[str, tensorstore.TensorSto
     return stores
 
 
-def _open(folder: Path, paths: Iterable[str]) -> dict[str, tensorstore.TensorStore]:
+def open_arrays(folder: Path, paths: Iterable[str]) -> dict[str, tensorstore.TensorStore]:
+    """Open arrays of an Orbax tree by their paths, reading nothing yet but their sizes."""
     # By tensorstore itself: where an array is damaged, Orbax's own reader leaves tracebacks of its tasks behind.
     parent: Any = folder.absolute()
     context = ocp.type_handlers.get_ts_context(use_ocdbt=True)
@@ -338,8 +365,8 @@ def _path(keys: tuple[Any, ...]) -> str:
 
 
 @contextlib.contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    """Turn whatever Orbax and tensorstore raise on a damaged folder into one line."""
+def readable(folder: Path) -> Iterator[None]:
+    """Turn whatever Orbax and tensorstore raise on a damaged folder into a `DamagedCheckpointError`."""
     try:
         yield
     except (UserError, MemoryError):
@@ -348,4 +375,4 @@ def _readable(folder: Path) -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" in str(error):  # the device is full, which says nothing of the folder
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{folder} is damaged or no Orbax checkpoint: {reason}") from None
+        raise DamagedCheckpointError(f"{folder} is damaged or no Orbax checkpoint: {reason}") from None

@@ -9,6 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from rfjax.errors import UserError
@@ -42,6 +43,30 @@ def attention(
     return _xla(q, k, v, kv_length)
 
 
+def causal_attention(
+    q: Float[Array, "B Q H D"], k: Float[Array, "B Q H D"], v: Float[Array, "B Q H D"], chunk: int, clean: int = 0
+) -> Float[Array, "B Q H D"]:
+    """Attention over a whole video at once in which every chunk sees itself and the chunks before it.
+
+    A loop over chunks and no mask: what is not seen is not computed, and every implementation of `attention` serves.
+
+    Args:
+        q: of all tokens, in the order of time.
+        k: of the same tokens.
+        v: of the same tokens.
+        chunk: tokens of a chunk.
+        clean: how many of the first tokens are a clean copy of the others, 0 or half of all. Where there is one, the
+            others see its past in place of their own.
+    """
+    parts = []
+    for begin in range(0, q.shape[1], chunk):
+        past = slice(0, begin if begin < clean else begin - clean)
+        own = slice(begin, begin + chunk)
+        keys, values = (jnp.concatenate([x[:, past], x[:, own]], axis=1) for x in (k, v))
+        parts.append(attention(q[:, own], keys, values))
+    return jnp.concatenate(parts, axis=1)
+
+
 def default_implementation(dtype: jnp.dtype, head_dim: int) -> Implementation:
     """The fastest implementation that the default device has for these operands."""
     platform = jax.default_backend()
@@ -63,7 +88,8 @@ def _xla(q, k, v, kv_length):
         if mask is not None:
             scores = jnp.where(mask, scores, -jnp.inf)
         # Dividing after the product with the values saves one pass over the scores.
-        weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+        # Their maximum has no influence on the result, hence no gradient.
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
         total = weights.sum(axis=-1, keepdims=True)
         out = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return (out / total).astype(v.dtype)
@@ -96,12 +122,33 @@ def _splash_kernel(queries: int, keys: int, heads: int, interpret: bool = False)
 
     mask = masks.MultiHeadMask([masks.FullMask((queries, keys))] * heads)
     block_q, block_kv = min(512, queries), min(1024, keys)
-    sizes = kernel.BlockSizes(block_q=block_q, block_kv=block_kv, block_kv_compute=min(512, block_kv))
+    block_compute = min(512, block_kv)
+    sizes = kernel.BlockSizes(
+        block_q=block_q,
+        block_kv=block_kv,
+        block_kv_compute=block_compute,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_kv,
+        block_kv_dkv_compute=block_compute,
+        block_q_dq=block_q,
+        block_kv_dq=block_kv,
+    )
     return kernel.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
 
 
 def _splash(q, k, v, kv_length):
-    """The TPU kernel: tokens padded to whole blocks of 128, padding told apart from keys by its segment."""
+    """The TPU kernel; XLA cannot divide one, so under a mesh each device is told to run it on its part of the batch."""
+    batch, mesh = q.shape[0], jax.sharding.get_abstract_mesh()
+    length = jnp.full((batch,), k.shape[1], jnp.int32) if kv_length is None else kv_length
+    if mesh.empty:
+        return _splash_on_one_device(q, k, v, length)
+    spec = PartitionSpec(mesh.axis_names if batch % mesh.size == 0 else None)
+    divided = jax.shard_map(_splash_on_one_device, in_specs=spec, out_specs=spec, check_vma=False)
+    return divided(q, k, v, length)
+
+
+def _splash_on_one_device(q, k, v, length):
+    """Tokens padded to whole blocks of 128, padding told apart from keys by its segment."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 
     batch, queries, heads, head_dim = q.shape
@@ -113,7 +160,6 @@ def _splash(q, k, v, kv_length):
         x = jnp.pad(x, ((0, 0), (0, tokens - x.shape[1]), (0, 0), (0, padded_d - head_dim)))
         return rearrange(x, "b t h d -> b h t d")
 
-    length = jnp.full((batch,), keys, jnp.int32) if kv_length is None else kv_length
     segments = kernel.SegmentIds(
         q=jnp.zeros((batch, padded_q), jnp.int32),
         kv=(jnp.arange(padded_k) >= length[:, None]).astype(jnp.int32),

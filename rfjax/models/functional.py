@@ -12,12 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import PyTree
 
 Params = dict[str, Any]
 """Nested dict of arrays (or of `jax.ShapeDtypeStruct`)."""
 
 AnyArray = jax.Array | np.ndarray
 """What the public functions take for an array."""
+
+BLOCKS = "blocks"
+"""Name of a network's layers: one tree, stacked on the first axis of its parameters."""
 
 Network = TypeVar("Network", bound=nnx.Module)
 
@@ -46,5 +51,20 @@ def init_params(network: Callable[..., Network], config: Any, key: jax.Array, dt
 
 
 def bind(network: Callable[..., Network], config: Any, params: Params) -> Network:
-    """Return the network holding `params`: cheap, and meant to be called inside a jitted function."""
+    """Return the network holding `params`: cheap, and meant to be called inside a jitted function.
+
+    Under a mesh the parameters are `gathered`; the network does so with its `blocks`, a layer at a time.
+    """
+    params = {name: tree if name == BLOCKS else gathered(tree) for name, tree in params.items()}
     return nnx.merge(_split_abstract(network, config, jnp.dtype(jnp.float32))[0], params)
+
+
+def gathered(params: PyTree) -> PyTree:
+    """Under a mesh (`jax.set_mesh`), whole copies of parameters that are cut over its devices; else `params`.
+
+    Every device then computes its own part of the batch. Left to itself, XLA cuts activations as their parameters are,
+    and moves them, which are many times larger, between the devices.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return params
+    return jax.lax.with_sharding_constraint(params, PartitionSpec())

@@ -89,6 +89,12 @@ class Tokenizer:
             mask[row, : len(tokens)] = 1
         return ids, mask
 
+    def nothing(self) -> tuple[Int[np.ndarray, "1 L"], Int[np.ndarray, "1 L"]]:
+        """Return token numbers and mask of the empty prompt: the end of sequence alone."""
+        ids = np.full((1, self.max_tokens), self.pad_id, np.int32)
+        ids[0, 0] = self.end_id
+        return ids, np.eye(1, self.max_tokens, dtype=np.int32)
+
     def _tokens(self, prompt: str, row: int) -> list[int]:
         text = clean_prompt(prompt)
         if not text:

@@ -1,8 +1,9 @@
 """The Wan diffusion transformer, bidirectional and causal in one module.
 
 Without memory, attention sees all frames given: the bidirectional teacher and score networks. With memory, the frames
-given are one chunk and attention sees the chunk and the remembered frames: the causal student. Layers are one stacked
-parameter tree run by `lax.scan`. Source: Wan2.1 `wan/modules/model.py`, Self-Forcing `wan/modules/causal_model.py`.
+given are one chunk and attention sees the chunk and the remembered frames: the causal student. Trained on whole videos,
+the student sees all chunks in one pass and each attends to its past alone. Layers are one stacked parameter tree run by
+`lax.scan`. Source: Wan2.1 `wan/modules/model.py`, Self-Forcing `wan/modules/causal_model.py`.
 """
 
 import dataclasses
@@ -15,7 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from rfjax.config import TransformerConfig
-from rfjax.models.attention import attention
+from rfjax.models.attention import attention, causal_attention
+from rfjax.models.functional import gathered
 from rfjax.models.layers import RMSNorm
 from rfjax.pytree import pytree
 from rfjax.rope import rotate, rotation
@@ -53,6 +55,15 @@ class Projections:
     keys: Float[Array, "*L B F T C"]
     """After the key norm."""
     values: Float[Array, "*L B F T C"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Causal:
+    """How a whole video is seen in one pass: each chunk sees its past and itself."""
+
+    chunk_frames: int
+    clean_frames: int
+    """How many of the first frames are the clean past of the others (teacher forcing), or 0."""
 
 
 class AffineNorm(nnx.Module):
@@ -107,13 +118,13 @@ class Block(nnx.Module):
         self.cross_norm = AffineNorm(dim, config.eps, param_dtype=param_dtype)
         self.ffn = MLP(dim, config.ffn_dim, dim, jax.nn.gelu, rngs=rngs, param_dtype=param_dtype)
 
-    def __call__(self, x, modulation, rope, text: TextContext, memory: AttendedMemory | None):
+    def __call__(self, x, modulation, rope, text: TextContext, memory: AttendedMemory | None, causal: Causal | None):
         """Run the layer on tokens x [B, F, T, C]; also return its `Projections`."""
         e = modulation + self.modulation[...].astype(jnp.float32)
         shift1, scale1, gate1, shift2, scale2, gate2 = (e[:, :, None, i] for i in range(6))
 
         h = (layer_norm(x, self.config.eps) * (1 + scale1) + shift1).astype(x.dtype)
-        y, projections = self._self_attention(h, rope, memory)
+        y, projections = self._self_attention(h, rope, memory, causal)
         x = x + (y * gate1).astype(x.dtype)
 
         x = x + self._cross_attention(self.cross_norm(x), text)
@@ -122,8 +133,8 @@ class Block(nnx.Module):
         x = x + (self.ffn(h) * gate2).astype(x.dtype)
         return x, projections
 
-    def _self_attention(self, h, rope, memory: AttendedMemory | None):
-        attn, frames = self.self_attn, h.shape[1]
+    def _self_attention(self, h, rope, memory: AttendedMemory | None, causal: Causal | None):
+        attn, (frames, tokens) = self.self_attn, h.shape[1:3]
         queries, keys, values = attn.norm_q(attn.q(h)), attn.norm_k(attn.k(h)), attn.v(h)
         q, k = (rotate(self._heads(t), *rope) for t in (queries, keys))
         q, k, v = (rearrange(t, "b f t h d -> b (f t) h d") for t in (q, k, self._heads(values)))
@@ -135,7 +146,10 @@ class Block(nnx.Module):
             )
             k, v = jnp.concatenate([k, past_k], axis=1), jnp.concatenate([v, past_v], axis=1)
         with jax.named_scope("self_attention"):
-            out = attention(q, k, v, length)
+            if causal is None:
+                out = attention(q, k, v, length)
+            else:
+                out = causal_attention(q, k, v, causal.chunk_frames * tokens, causal.clean_frames * tokens)
         return attn.o(rearrange(out, "b (f t) h d -> b f t (h d)", f=frames)), Projections(queries, keys, values)
 
     def _cross_attention(self, h, text: TextContext):
@@ -186,6 +200,10 @@ class WanTransformer(nnx.Module):
         text: TextContext,
         memory: AttendedMemory | None = None,
         return_projections: bool = False,
+        *,
+        chunk_frames: int | None = None,
+        clean: Float[Array, "B F H W C"] | None = None,
+        remat: bool = False,
     ) -> tuple[Float[Array, "B F H W C_out"], Projections | None]:
         """Predict the flow, in float32, of frames that stand at time positions 0 to F - 1.
 
@@ -195,26 +213,38 @@ class WanTransformer(nnx.Module):
             text: from `embed_text`.
             memory: remembered frames, rotated to their positions relative to the first frame given.
             return_projections: also return those of every layer, for a memory.
+            chunk_frames: each chunk of so many frames sees itself and the chunks before it, not all frames; F is a
+                multiple of it, and there is no memory.
+            clean: with `chunk_frames`, the latents whose past, at timestep 0, is seen in place of that of the frames
+                given (teacher forcing); None lets every chunk see the chunks given before it (diffusion forcing).
+            remat: compute each layer's activations again in the backward pass instead of keeping them.
         """
         config = self.config
         batch, frames, height, width, _ = latents.shape
+        past = 0 if clean is None else frames
+        causal = None if chunk_frames is None else Causal(chunk_frames, past)
+        if clean is not None:
+            latents = jnp.concatenate([clean, latents], axis=1)
+            timestep = jnp.concatenate([jnp.zeros_like(timestep), timestep], axis=1)
         rows, columns = height // config.patch_size[1], width // config.patch_size[2]
         dtype = self.patch_embedding.kernel[...].dtype
         x = self.patch_embedding(patchify(latents.astype(dtype), config.patch_size))
         embedding, modulation = self._embed_time(timestep)
-        positions = jnp.broadcast_to(jnp.arange(frames, dtype=jnp.int32)[:, None], (batch, frames, 1))
+        times = jnp.arange(latents.shape[1], dtype=jnp.int32) % frames
+        positions = jnp.broadcast_to(times[:, None], (batch, *times.shape, 1))
         rope = rotation(positions, rows, columns, config.head_dim)
         graphdef, layers = nnx.split(self.blocks)
 
         def layer(x, scanned):
             params, text, keys, values = scanned
             attended = None if memory is None else AttendedMemory(keys, values, memory.length)
-            x, projections = nnx.merge(graphdef, params)(x, modulation, rope, text, attended)
+            x, projections = nnx.merge(graphdef, gathered(params))(x, modulation, rope, text, attended, causal)
             return x, projections if return_projections else None
 
         remembered = (None, None) if memory is None else (memory.keys, memory.values)
+        layer = jax.checkpoint(layer, prevent_cse=False) if remat else layer
         x, projections = jax.lax.scan(layer, x, (layers, text, *remembered))
-        out = self.head(x, embedding).astype(jnp.float32)
+        out = self.head(x[:, past:], embedding[:, past:]).astype(jnp.float32)
         return unpatchify(out, rows, columns, config.patch_size), projections
 
     def embed_text(self, prompt_embeds: Float[Array, "B T D"]) -> TextContext:
@@ -225,7 +255,7 @@ class WanTransformer(nnx.Module):
         graphdef, layers = nnx.split(self.blocks)
 
         def project(params):
-            attn = nnx.merge(graphdef, params).cross_attn
+            attn = nnx.merge(graphdef, gathered(params)).cross_attn
             return TextContext(attn.norm_k(attn.k(context)), attn.v(context))
 
         return jax.lax.map(project, layers)

@@ -21,9 +21,9 @@ from rfjax.models.functional import AnyArray, Params, bind
 from rfjax.models.model import Model
 from rfjax.models.transformer import TextContext, WanTransformer
 from rfjax.pytree import pytree
+from rfjax.sampling.passes import ChunkPasses, passes_over
 from rfjax.sampling.request import ChunkNoise, Sizes, check_memory, chunks_of, draw_noise, request_of
-from rfjax.sampling.schedule import add_noise, few_steps, sigma_at
-from rfjax.sampling.state import RolloutState, attend, empty_state, memory_shape, read_memory
+from rfjax.sampling.state import RolloutState, empty_state, memory_shape, read_memory
 from rfjax.sampling.switching import Switch, recached_frames, switch_prompt
 
 
@@ -71,28 +71,10 @@ def chunk_step(
         noise: keys, or this chunk's own noise without the chunks axis.
     """
     view = read_memory(policy, state)
-    memory = attend(config, frame_size, view)
-    network = bind(WanTransformer, config.transformer, params)
-    steps = few_steps(config)
-    sigmas = sigma_at(jnp.asarray(steps), config.timestep_shift)
+    passes = passes_over(config, frame_size, params, text, view)
     initial, renoise = draw_noise(config, frame_size, state.start, noise)
-    batch, frames = initial.shape[:2]
-
-    def denoise(x, scanned):
-        timestep, sigma, following, fresh = scanned
-        flow, _ = network(x, jnp.full((batch, frames), timestep), text, memory)
-        return add_noise(x - sigma * flow, fresh, following), None
-
-    # After the last step the noise level is 0, where adding noise changes nothing.
-    scanned = (
-        jnp.asarray(steps),
-        sigmas,
-        jnp.concatenate([sigmas[1:], jnp.zeros_like(sigmas[:1])]),
-        jnp.concatenate([renoise, jnp.zeros_like(initial)[None]]),
-    )
-    latents, _ = jax.lax.scan(denoise, initial, scanned)
-
-    state = _commit(config, policy, network, text, memory, state, latents)
+    latents, _ = passes.denoise(initial, renoise, len(config.denoising_steps) - 1)
+    state = commit(policy, passes, state, latents)
     return state, Chunk(latents, jnp.isfinite(latents).all(axis=(1, 2, 3, 4)), view.trace)
 
 
@@ -106,14 +88,15 @@ def remember(
     latents: Float[Array, "B n H W C"],
 ) -> RolloutState:
     """Take one given chunk into the memory through the clean pass alone (video continuation)."""
-    memory = attend(config, frame_size, read_memory(policy, state))
-    network = bind(WanTransformer, config.transformer, params)
-    return _commit(config, policy, network, text, memory, state, latents)
+    return commit(policy, passes_over(config, frame_size, params, text, read_memory(policy, state)), state, latents)
 
 
-def _commit(config, policy, network, text, memory, state, latents):
-    batch, frames = latents.shape[:2]
-    _, made = network(latents, jnp.zeros((batch, frames), jnp.float32), text, memory, return_projections=True)
+def commit(
+    policy: MemoryPolicy, passes: ChunkPasses, state: RolloutState, latents: Float[Array, "B n H W C"]
+) -> RolloutState:
+    """Take a chunk's finished latents into the memory, through its clean pass."""
+    frames = latents.shape[1]
+    made = passes.project(latents)
     indices = state.start[:, None] + jnp.arange(frames, dtype=jnp.int32)
     chunk = CleanChunk(indices, made.queries, made.keys, made.values)
     return RolloutState(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rfjax.errors import UserError
 from rfjax.models import attention as module
-from rfjax.models.attention import attention
+from rfjax.models.attention import attention, causal_attention
 
 
 def slow(q, k, v, length):
@@ -78,3 +78,55 @@ def test_splash_gives_the_same_numbers(monkeypatch):
     q, k, v = operands(24, 60)
     length = jnp.asarray([60, 17])
     np.testing.assert_allclose(attention(q, k, v, length, "splash"), slow(q, k, v, [60, 17]), atol=1e-5)
+
+
+def masked(q, k, v, chunk, clean):
+    """Causal attention as a mask over all tokens says it."""
+    time = np.arange(q.shape[1])
+    number, is_clean = time % (clean or q.shape[1]) // chunk, time < clean
+    sees = np.where(
+        is_clean[:, None] | (not clean),
+        (number[None] <= number[:, None]) & (is_clean[None] | (not clean)),
+        np.where(is_clean[None], number[None] < number[:, None], number[None] == number[:, None]),
+    )
+    scores = jnp.where(sees, jnp.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1]), -jnp.inf)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)
+
+
+@pytest.mark.parametrize(("chunk", "clean"), [(4, 0), (4, 12), (24, 0)])
+def test_causal_attention_is_what_its_mask_says_with_its_gradient(chunk, clean):
+    weights = jax.random.normal(jax.random.key(1), (2, 24, 3, 8))
+    got, want = (
+        jax.jit(jax.value_and_grad(functools.partial(weighted, attend, weights), argnums=(0, 1, 2)))(*operands(24, 24))
+        for attend in (
+            lambda q, k, v: causal_attention(q, k, v, chunk, clean),
+            lambda q, k, v: masked(q, k, v, chunk, clean),
+        )
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, want)
+
+
+def weighted(attend, weights, q, k, v):
+    return (attend(q, k, v) * weights).sum()
+
+
+def test_splash_gradient_lowers_for_tpu():
+    q = jax.ShapeDtypeStruct((1, 4680, 12, 128), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((1, 7 * 1560, 12, 128), jnp.bfloat16)
+    loss = jax.jit(jax.grad(lambda q, k, v: attention(q, k, v, None, "splash").astype(jnp.float32).sum(), (0, 1, 2)))
+    program = jax.export.export(loss, platforms=["tpu"])(q, k, k).mlir_module()
+    assert program.count("tpu_custom_call") >= 3  # forward, and two kernels backward
+
+
+def test_splash_gives_the_same_gradient(monkeypatch):
+    """The TPU kernels, interpreted: nothing flows through padding."""
+    monkeypatch.setattr(module, "_splash_kernel", functools.partial(module._splash_kernel, interpret=True))
+    q, k, v = operands(24, 60)
+    length, weights = jnp.asarray([60, 17]), jax.random.normal(jax.random.key(1), q.shape)
+
+    def gradient(implementation):
+        attend = functools.partial(attention, kv_length=length, implementation=implementation)
+        return jax.jit(jax.grad(functools.partial(weighted, attend, weights), (0, 1, 2)))(q, k, v)
+
+    for got, want in zip(gradient("splash"), gradient("xla"), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)

@@ -19,6 +19,8 @@ CONFIG: VAEConfig = _vae_config
 
 encode = jax.jit(vae.encode, static_argnums=0)
 decode = jax.jit(vae.decode, static_argnums=0)
+posterior = jax.jit(vae.posterior, static_argnums=0)
+reconstruct = jax.jit(vae.reconstruct, static_argnums=0)
 decode_first = jax.jit(vae.decode_first, static_argnums=0)
 decode_next = jax.jit(vae.decode_next, static_argnums=0)
 
@@ -74,6 +76,16 @@ def test_streaming_equals_decoding_at_once(params, golden, partition):
         video.append(frames)
         start += count
     close(jnp.concatenate(video, axis=1), decode(CONFIG, params, latents), 1e-6)
+
+
+@pytest.mark.parametrize("frames", [1, 5, 13])
+def test_training_sees_what_encoding_and_decoding_in_groups_see(params, golden, frames):
+    video = golden["video"][:, :frames]
+    mean, log_variance = posterior(CONFIG, params, video)
+    latents = encode(CONFIG, params, video)
+    close((mean - jnp.array(CONFIG.latent_mean)) / jnp.array(CONFIG.latent_std), latents, 1e-5)
+    assert log_variance.shape == mean.shape
+    close(jnp.clip(reconstruct(CONFIG, params, mean), -1, 1), decode(CONFIG, params, latents), 1e-5)
 
 
 @pytest.mark.parametrize("frames", [1, 5])

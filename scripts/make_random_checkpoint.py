@@ -1,6 +1,6 @@
-"""Write the toy checkpoint that the package ships: random weights and a byte-level tokenizer, by a fixed seed.
+"""Write a checkpoint with random weights and a byte-level tokenizer, by a fixed seed: where training begins.
 
-python scripts/make_toy_checkpoint.py rfjax/assets/toy
+python scripts/make_random_checkpoint.py moving_shapes runs/start
 """
 
 import sys
@@ -8,11 +8,12 @@ import tempfile
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from rfjax.config import load_model_config, preset_path
+from rfjax.data.shapes import caption, random_scene
 from rfjax.io.checkpoints import parameter_trees, save
 from rfjax.models.functional import init_params
 from rfjax.models.text_encoder import UMT5Encoder
@@ -20,14 +21,12 @@ from rfjax.models.transformer import WanTransformer
 from rfjax.models.vae import WanVAE
 
 NETWORKS = {"transformer": WanTransformer, "vae": WanVAE, "text_encoder": UMT5Encoder}
-
-CORPUS = """a red square and a blue circle move, turn, bounce and cross over a dark background
-a green triangle appears on the left and leaves on the right while a yellow star turns slowly in the middle
-the camera follows a small orange ball that rolls over white ground, then stops; snow falls, waves break, birds fly"""
+CAPTIONS = 2000
+"""Of the corpus that the tokenizer learns its words from."""
 
 
 def write_tokenizer(path: Path, vocabulary: int) -> None:
-    """A byte-level BPE: every text has tokens, and common words of the corpus have few."""
+    """A byte-level BPE: every text has tokens, and the words of the captions have one each."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
     tokenizer.decoder = decoders.ByteLevel()
@@ -37,18 +36,19 @@ def write_tokenizer(path: Path, vocabulary: int) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(CORPUS.splitlines(), trainer)
+    rng = np.random.default_rng(0)
+    tokenizer.train_from_iterator((caption(random_scene(rng, "train")) for _ in range(CAPTIONS)), trainer)
     tokenizer.save(str(path))
 
 
-def main(output: str) -> None:
-    """Write the checkpoint folder `output`, which must not exist."""
-    config = load_model_config(preset_path("models", "toy"))
+def main(preset: str, output: str) -> None:
+    """Write the checkpoint folder `output`, which must not exist, with the sizes of `configs/models/<preset>.yaml`."""
+    config = load_model_config(preset_path("models", preset))
     assert config.umt5 is not None
     sizes = {"transformer": config.transformer, "vae": config.vae, "text_encoder": config.umt5}
     keys = jax.random.split(jax.random.key(2603), len(NETWORKS))
     params = {
-        name: init_params(NETWORKS[name], sizes[name], key, jnp.bfloat16)
+        name: init_params(NETWORKS[name], sizes[name], key)
         for name, key in zip(parameter_trees(config), keys, strict=True)
     }
     with tempfile.TemporaryDirectory() as folder:

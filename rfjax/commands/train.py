@@ -1,0 +1,50 @@
+"""`rfjax train`: one stage of training, from a configuration to a checkpoint folder."""
+
+import argparse
+from pathlib import Path
+
+from rfjax.commands.generate import _setting
+
+_FOLDER = """\
+DIR receives:
+  config.yaml     the configuration with every default written out
+  checkpoints/    states of the run; the same command goes on from the newest
+  tensorboard/    metrics (tensorboard --logdir DIR)
+  samples/        sample videos, where the configuration asks for them
+  model/          at the end, a checkpoint for rfjax generate --checkpoint and for the next stage's init
+
+Ctrl-C and SIGTERM end the step, save and leave; after SIGTERM the exit code is 0.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of `rfjax train`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _FOLDER
+    parser.add_argument(
+        "--config", metavar="FILE", required=True, help="a YAML file, or the name of one in configs/train"
+    )
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of the run")
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        type=_setting,
+        dest="settings",
+        help="a setting in place of the file's, such as optimizer.learning_rate=1e-4; may be repeated",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, or go on training.
+
+    Raises:
+        UserError: an input is wrong, or the loss diverged.
+    """
+    from rfjax.training.config import find_config, load_train_config
+
+    config = load_train_config(find_config(args.config), dict(args.settings))
+    from rfjax.commands import training  # imports JAX
+
+    training.run(config, args.output)

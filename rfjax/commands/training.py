@@ -1,0 +1,72 @@
+"""What `rfjax train` does around the loop: the folder, the signals, the export."""
+
+import contextlib
+import time
+from pathlib import Path
+
+import jax
+import yaml
+from rich.console import Console
+
+from rfjax.commands.interruptions import Interruptions, Terminated
+from rfjax.errors import UserError
+from rfjax.io.atomic import replacing
+from rfjax.models.functional import Params
+from rfjax.training.config import TrainConfig
+from rfjax.training.export import export
+from rfjax.training.loop import best_networks, mesh_of, train
+from rfjax.training.setup import prepare
+
+MODEL = "model"
+
+
+def run(config: TrainConfig, folder: Path) -> None:
+    """Train a stage in a folder and export its model.
+
+    Raises:
+        UserError: an input is wrong, the folder cannot be written, or the loss diverged.
+        KeyboardInterrupt: Ctrl-C was pressed; the state is saved.
+    """
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    mesh = mesh_of(config)
+    setup = prepare(config)
+    _write_config(config, folder)
+    console.print(_summary(config, setup.params), markup=False)
+    began = time.monotonic()
+    with Interruptions() as interruptions:
+        state = train(config, setup, mesh, folder, console, lambda: interruptions.noted is not None)
+        done = int(state.step)
+        if done < config.steps:
+            console.print(f"stopped after step {done} of {config.steps}, which is saved; the same command goes on")
+            with contextlib.suppress(Terminated):
+                interruptions.check()
+            return
+    if jax.process_index() == 0:
+        export(config, setup, jax.device_get(best_networks(setup, state)), folder / MODEL)
+        console.print(f"{folder / MODEL} after {time.monotonic() - began:.0f} s", markup=False)
+
+
+def _write_config(config: TrainConfig, folder: Path) -> None:
+    if jax.process_index():
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror or error}") from None
+    with replacing(folder / "config.yaml") as temporary:
+        temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _summary(config: TrainConfig, params: dict[str, dict[str, Params]]) -> str:
+    """Say what learns, on what."""
+    sizes = {
+        name if player in ("model", "generator") else player: sum(leaf.size for leaf in jax.tree.leaves(tree))
+        for player, networks in params.items()
+        for name, tree in networks.items()
+    }
+    networks = ", ".join(f"{name} {size / 1e6:.1f}M" for name, size in sizes.items())
+    device = jax.devices()[0]
+    return (
+        f"{config.stage}: {networks} parameters; {config.steps} steps of {config.batch_size} on "
+        f"{jax.device_count()} x {device.device_kind} ({device.platform})"
+    )

@@ -1,0 +1,1 @@
+"""Clips to train on: drawn or taken from files, kept as datasets on disk, and read in batches."""

@@ -1,0 +1,217 @@
+"""From a run's configuration to everything the loop needs: sizes, networks, stage and data, all checked."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from rfjax.config import ModelConfig
+from rfjax.data.reading import Dataset, Transform, check_window, open_dataset, tokenise, window
+from rfjax.errors import UserError
+from rfjax.io.checkpoints import TOKENIZER, load_checkpoint_config, load_network
+from rfjax.memory import parse
+from rfjax.models.functional import AnyArray, Params
+from rfjax.models.text_encoder import encode_tokens
+from rfjax.models.tokenizer import Tokenizer
+from rfjax.training.config import SelfForcingOptions, TrainConfig
+from rfjax.training.stage import Stage
+from rfjax.training.stages.causal import CausalStage
+from rfjax.training.stages.ode import ODEStage
+from rfjax.training.stages.self_forcing import SelfForcingStage
+from rfjax.training.stages.teacher import TeacherStage
+from rfjax.training.stages.vae import VAEStage
+
+FIELDS = {"vae": "video", "teacher": "latents", "causal": "latents", "ode": "trajectory", "self_forcing": None}
+"""What a stage reads of an example besides its prompt."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A run, ready to be started."""
+
+    stage: Stage
+    model: ModelConfig
+    params: dict[str, dict[str, Params]]
+    """float32, by player and network."""
+    frozen: dict[str, Any]
+    """Networks and embeddings that do not learn, in the type of the computation."""
+    source: Any
+    """Examples by number."""
+    transforms: tuple[Transform, ...]
+    """From an example to what the stage reads of it."""
+    tokenizer: Tokenizer | None
+
+
+def prepare(config: TrainConfig) -> Setup:
+    """Open the data, load the networks and make the stage.
+
+    Raises:
+        UserError: a checkpoint or dataset is missing, lacks a part that the stage needs, or does not fit.
+    """
+    folder = Path(config.init)
+    model = load_checkpoint_config(folder)
+    stage, tokenizer = _stage(config, model, folder), _tokenizer(folder, model)
+    source, transforms = _open_data(config, model, tokenizer)
+    player, *others = _players(config)
+    params = {player: {name: load_network(folder, name, "float32") for name in _learning_networks(config)}}
+    if others:
+        params[others[0]] = {"transformer": _teacher(config, model, "float32")}
+    frozen = _frozen_networks(config, folder, model, has_embeds="prompt_embeds" in source[0])
+    frozen |= _fixed_prompts(config, model, tokenizer, frozen)
+    return Setup(stage, model, params, frozen, source, transforms, tokenizer)
+
+
+def _tokenizer(folder: Path, model: ModelConfig) -> Tokenizer | None:
+    path = folder / TOKENIZER
+    return Tokenizer.load(path, model.transformer.text_len) if path.is_dir() else None
+
+
+def _open_data(
+    config: TrainConfig, model: ModelConfig, tokenizer: Tokenizer | None
+) -> tuple[Any, tuple[Transform, ...]]:
+    data = config.data
+    source = open_dataset(data.path, data.split)
+    field = FIELDS[config.stage]
+    transforms: list[Transform] = []
+    if field is not None:
+        _check_examples(config, model, source[0], field)
+        if data.frames is not None and isinstance(source, Dataset):
+            check_window(source, field, data.frames)
+            transforms.append(window(field, data.frames))
+    wanted = {field} - {None}
+    if config.stage != "vae":
+        transforms.append(tokenise(tokenizer))
+        wanted |= {"ids", "mask", "prompt_embeds"}
+    transforms.append(lambda example: {key: np.asarray(value) for key, value in example.items() if key in wanted})
+    return source, tuple(transforms)
+
+
+def _check_examples(config: TrainConfig, model: ModelConfig, example: Mapping[str, Any], field: str) -> None:
+    path = config.data.path
+    if field not in example:
+        raise UserError(
+            f"stage {config.stage} reads {field!r}, but the examples of {path} have {', '.join(sorted(example))}"
+        )
+    if field == "video":
+        return
+    *_, height, width, channels = example[field].shape
+    if channels != model.transformer.in_dim:
+        raise UserError(
+            f"the {field} of {path} have {channels} channels, but the transformer of {config.init} takes "
+            f"{model.transformer.in_dim}; encode the clips with its own autoencoder"
+        )
+    for name, size, patch in zip(("rows", "columns"), (height, width), model.transformer.patch_size[1:], strict=True):
+        if size % patch:
+            raise UserError(f"the {field} of {path} have {size} {name}; a multiple of the patch's {patch} is needed")
+    if "prompt_embeds" in example and example["prompt_embeds"].shape[-1] != model.transformer.text_dim:
+        raise UserError(
+            f"the prompt_embeds of {path} have width {example['prompt_embeds'].shape[-1]}, but the transformer of "
+            f"{config.init} takes {model.transformer.text_dim}"
+        )
+
+
+def _learning_networks(config: TrainConfig) -> tuple[str, ...]:
+    if config.stage == "vae":
+        return ("vae",)
+    return ("transformer", "text_encoder") if _trains_text(config) else ("transformer",)
+
+
+def _trains_text(config: TrainConfig) -> bool:
+    return config.stage == "teacher" and config.options.train_text_encoder
+
+
+def _players(config: TrainConfig) -> tuple[str, ...]:
+    return ("generator", "critic") if config.stage == "self_forcing" else ("model",)
+
+
+def _frozen_networks(config: TrainConfig, folder: Path, model: ModelConfig, has_embeds: bool) -> dict[str, Any]:
+    frozen: dict[str, Any] = {}
+    if config.stage == "vae":
+        return frozen
+    if not _trains_text(config) and not has_embeds:
+        frozen["text_encoder"] = load_network(folder, "text_encoder", config.dtype)
+    if config.sample is not None or _reencodes(config):
+        frozen["vae"] = load_network(folder, "vae", config.dtype)
+    if config.stage == "self_forcing":
+        frozen["teacher"] = _teacher(config, model, config.dtype)
+    return frozen
+
+
+def _reencodes(config: TrainConfig) -> bool:
+    options = config.options
+    return isinstance(options, SelfForcingOptions) and options.latent_frames > options.window_frames
+
+
+def _teacher(config: TrainConfig, model: ModelConfig, dtype: str) -> Params:
+    options = config.options
+    if not options.teacher:
+        raise UserError("self_forcing.teacher is missing; name the checkpoint folder of the real score")
+    sizes = load_checkpoint_config(Path(options.teacher)).transformer
+    if sizes != model.transformer:
+        differing = [
+            f.name for f in dataclasses.fields(sizes) if getattr(sizes, f.name) != getattr(model.transformer, f.name)
+        ]
+        name = differing[0]
+        raise UserError(
+            f"self_forcing.teacher {options.teacher} has transformer.{name} {getattr(sizes, name)}, but the generator "
+            f"{config.init} has {getattr(model.transformer, name)}; a teacher of the same sizes is needed"
+        )
+    return load_network(Path(options.teacher), "transformer", dtype)
+
+
+def _fixed_prompts(
+    config: TrainConfig, model: ModelConfig, tokenizer: Tokenizer | None, frozen: Mapping[str, Any]
+) -> dict[str, AnyArray]:
+    """The prompts that the run itself uses: tokens where the text encoder learns, else embeddings.
+
+    They are what stands for a dropped or negative prompt, and those of the sample videos.
+    """
+    texts = {}
+    if config.stage in ("teacher", "causal", "self_forcing"):
+        texts["negative"] = [getattr(config.options, "negative_prompt", "")]
+    if config.stage != "vae" and config.sample is not None:
+        texts["sample"] = list(config.sample.prompts)
+    if not texts:
+        return {}
+    if tokenizer is None or model.umt5 is None:
+        raise UserError(
+            f"the checkpoint {config.init} lacks a text encoder or tokenizer; stage {config.stage} needs both"
+        )
+    tokens = {name: tokenizer(prompts) if any(prompts) else tokenizer.nothing() for name, prompts in texts.items()}
+    if _trains_text(config):
+        return {
+            f"{name}_{part}": a for name, pair in tokens.items() for part, a in zip(("ids", "mask"), pair, strict=True)
+        }
+    # Loaded for these alone where the data has embeddings, and let go of.
+    params = frozen.get("text_encoder") or load_network(Path(config.init), "text_encoder", config.dtype)
+    return {
+        f"{name}_embeds": encode_tokens(model.umt5, params, *map(jnp.asarray, pair)) for name, pair in tokens.items()
+    }
+
+
+def _stage(config: TrainConfig, model: ModelConfig, folder: Path) -> Stage:
+    options = config.options
+    if config.stage == "vae":
+        if model.vae is None:
+            raise UserError(f"the checkpoint {folder} has no vae to train")
+        return VAEStage(model.vae, options)
+    if config.stage == "teacher":
+        return TeacherStage(model, options, config.remat)
+    if config.stage == "causal":
+        return CausalStage(model, options, config.remat)
+    if config.stage == "ode":
+        return ODEStage(model, config.remat)
+    policy = parse(options.policy, {key: str(value) for key, value in options.settings.items()})
+    return SelfForcingStage(
+        config=model,
+        policy=policy,
+        latent_frames=options.latent_frames,
+        latent_size=(model.latent_height, model.latent_width),
+        window_frames=options.window_frames,
+        guidance=options.guidance,
+        generator_every=options.generator_every,
+        remat=config.remat,
+    )

@@ -1,0 +1,59 @@
+"""Stage `teacher`: flow matching of whole videos with attention in both directions."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from rfjax.config import ModelConfig
+from rfjax.models.functional import bind
+from rfjax.models.text_encoder import encode_tokens
+from rfjax.models.transformer import WanTransformer
+from rfjax.sampling.schedule import STEPS, add_noise, timesteps
+from rfjax.training.config import TeacherOptions
+from rfjax.training.stage import Batch, Metrics, Networks
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherStage:
+    """Trains `transformer`, and `text_encoder` where the options say so."""
+
+    config: ModelConfig
+    options: TeacherOptions
+    remat: bool = False
+
+    players = ("model",)
+
+    def turn(self, step: int) -> tuple[str, ...]:
+        """Return the one player."""
+        return self.players
+
+    def loss(
+        self, player: str, params: Mapping[str, Networks], frozen: Mapping[str, Any], batch: Batch, key: Array
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Return the mean squared error of the flow at one timestep a sample, even on the shifted grid."""
+        latents = batch["latents"].astype(jnp.float32)
+        samples, frames = latents.shape[:2]
+        drop, draw, noise_key = jax.random.split(key, 3)
+        dropped = jax.random.bernoulli(drop, self.options.drop_prompt, (samples,))
+        embeds = self._embeds(params[player], frozen, batch, dropped)
+        chosen = jax.random.randint(draw, (samples,), 0, STEPS)
+        timestep = jnp.asarray(timesteps(self.config.timestep_shift))[chosen]
+        noise = jax.random.normal(noise_key, latents.shape, jnp.float32)
+        noisy = add_noise(latents, noise, (timestep / STEPS)[:, None, None, None, None])
+        network = bind(WanTransformer, self.config.transformer, params[player]["transformer"])
+        text = network.embed_text(embeds)
+        flow, _ = network(noisy, jnp.broadcast_to(timestep[:, None], (samples, frames)), text, remat=self.remat)
+        return jnp.square(flow - (noise - latents)).mean(), {}
+
+    def _embeds(self, networks: Networks, frozen, batch: Batch, dropped):
+        """Prompt embeddings, those of the empty prompt where a prompt is dropped."""
+        if not self.options.train_text_encoder:
+            return jnp.where(dropped[:, None, None], frozen["negative_embeds"], batch["prompt_embeds"])
+        ids = jnp.where(dropped[:, None], frozen["negative_ids"], batch["ids"])
+        mask = jnp.where(dropped[:, None], frozen["negative_mask"], batch["mask"])
+        assert self.config.umt5 is not None
+        return encode_tokens(self.config.umt5, networks["text_encoder"], ids, mask)

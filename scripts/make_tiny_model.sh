@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Train the model that comes inside the package, from random weights to RUNS/moving_shapes.
+# It may be stopped at any time: what is finished is kept, and the same command goes on.
+#
+#   scripts/make_tiny_model.sh [RUNS]      (default: runs; needs pip install ".[train]")
+set -euo pipefail
+cd "$(dirname "$0")/.."
+mkdir -p "${1:-runs}"
+[ "${1:-runs}" -ef runs ] || ln -sfn "$(realpath "$1")" runs   # the configurations name their inputs below runs/
+
+unless() { local made=$1; shift; [ -e "$made" ] || { echo "== $made"; "$@"; }; }
+stage() { unless "runs/$1/model" rfjax train --config "moving_shapes_$1" --output "runs/$1"; }
+
+unless runs/start python scripts/make_random_checkpoint.py moving_shapes runs/start
+unless runs/pixels rfjax data moving-shapes --output runs/pixels --clips 8000 --test-clips 200
+unless runs/picture_pixels rfjax data moving-shapes --output runs/picture_pixels --clips 60000 --test-clips 200 --frames 1 --seed 1
+stage vae
+unless runs/latents rfjax data latents --dataset runs/pixels --checkpoint runs/vae/model --output runs/latents
+unless runs/pictures rfjax data latents --dataset runs/picture_pixels --checkpoint runs/vae/model --output runs/pictures
+stage images
+stage teacher
+stage causal
+unless runs/trajectories rfjax data trajectories --prompts runs/latents --checkpoint runs/teacher/model \
+  --output runs/trajectories --count 512 --solver-steps 16 --batch-size 16
+stage ode
+stage self_forcing
+unless runs/moving_shapes python scripts/cast_checkpoint.py runs/self_forcing/model runs/moving_shapes bfloat16

@@ -1,0 +1,205 @@
+"""`rfjax train` from the command line: every stage runs, what is killed goes on, mistakes are one line."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from tiny_data import make_tiny_checkpoint
+
+from rfjax import cli
+from rfjax.data.moving_shapes import MovingShapesConfig, build
+from rfjax.io.checkpoints import load
+from rfjax.io.video_reader import read_frames
+
+RUN = {
+    "init": "start",
+    "steps": 2,
+    "batch_size": 2,
+    "log_every": 1,
+    "checkpoint": {"every": 1},
+    "optimizer": {"learning_rate": 1e-3},
+}
+STAGES = {
+    "vae": {"data": {"path": "pixels"}, "sample": {"every": 2}},
+    "teacher": {
+        "data": {"path": "latents", "frames": 3},
+        "teacher": {"train_text_encoder": True},
+        "sample": {"every": 2, "prompts": ["a red circle"], "latent_frames": 3},
+    },
+    "causal": {"data": {"path": "latents"}, "sample": {"every": 2, "prompts": ["a red circle"], "latent_frames": 3}},
+    "ode": {"data": {"path": "trajectories"}},
+    "self_forcing": {
+        "data": {"path": "prompts.txt"},
+        "self_forcing": {"teacher": "start", "policy": "relax_forcing", "latent_frames": 6, "window_frames": 6},
+        "ema": {"decay": 0.5},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A folder with a checkpoint and with data for every stage."""
+    folder = tmp_path_factory.mktemp("train")
+    make_tiny_checkpoint(folder / "start")
+    build(folder / "pixels", MovingShapesConfig(train=3, test=1, frames=9, height=16, width=32))
+    (folder / "prompts.txt").write_text("a red circle\na blue star\na star\n")
+    here = os.getcwd()
+    os.chdir(folder)
+    try:
+        words = ["--checkpoint", "start", "--batch-size", "1"]
+        assert cli.main(["data", "latents", "--dataset", "pixels", "--output", "latents", *words]) == 0
+        ways = ["--prompts", "prompts.txt", "--count", "2", "--solver-steps", "4", "--latent-frames", "3"]
+        assert cli.main(["data", "trajectories", "--output", "trajectories", *ways, *words]) == 0
+    finally:
+        os.chdir(here)
+    return folder
+
+
+@pytest.fixture
+def train(data, tmp_path, monkeypatch, capsys):
+    """Run a configuration below the data's folder; return exit code and error lines."""
+    monkeypatch.chdir(data)
+
+    def run(values, *words, output=tmp_path / "run"):
+        file = tmp_path / "run.yaml"
+        file.write_text(yaml.safe_dump(values))
+        capsys.readouterr()
+        code = cli.main(["train", "--config", str(file), "--output", str(output), *words])
+        return code, capsys.readouterr().err.splitlines()
+
+    return run
+
+
+def leaves(model):
+    return jax.tree.leaves([model.transformer, model.vae, model.text_encoder])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_every_stage_makes_a_checkpoint_that_loads(stage, train, tmp_path):
+    code, lines = train(RUN | STAGES[stage] | {"stage": stage})
+    assert code == 0, lines
+    assert re.match(rf"{stage}: .* parameters; 2 steps of 2 on 1 x cpu", lines[0])
+    assert lines[-1].startswith(f"{tmp_path / 'run' / 'model'} after ")
+    before, after = load("start"), load(tmp_path / "run" / "model")
+    changed = {
+        name
+        for name in ("transformer", "vae", "text_encoder")
+        if any(
+            not np.array_equal(a, b)
+            for a, b in zip(jax.tree.leaves(getattr(before, name)), jax.tree.leaves(getattr(after, name)), strict=True)
+        )
+    }
+    assert changed == {"vae": {"vae"}, "teacher": {"transformer", "text_encoder"}}.get(stage, {"transformer"})
+    assert after.tokenizer is not None
+    if stage == "vae":  # its latents have unit variance by their own statistics
+        assert after.config.vae is not None
+        assert after.config.vae.latent_std != (1.0,) * 4
+    if "sample" in STAGES[stage]:
+        video = next((tmp_path / "run" / "samples").glob("*.mp4"))
+        assert sum(1 for _ in read_frames(video)) == 9
+
+
+def _start(config: Path, output: Path) -> subprocess.Popen:
+    words = [sys.executable, "-m", "rfjax.cli", "train", "--config", str(config), "--output", str(output)]
+    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+
+
+def _wait_for(folder: Path, process: subprocess.Popen) -> None:
+    until = time.monotonic() + 240
+    while not folder.exists() and process.poll() is None:
+        assert time.monotonic() < until, "no checkpoint in four minutes"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_and_one_that_is_told_to_leave_end_as_if_nothing_had_happened(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(data)
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(RUN | STAGES["vae"] | {"stage": "vae", "steps": 40, "sample": None}))
+    assert cli.main(["train", "--config", str(config), "--output", str(tmp_path / "whole")]) == 0
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        process = _start(config, tmp_path / "parts")
+        _wait_for(tmp_path / "parts" / "checkpoints" / f"{4 if number == signal.SIGKILL else 12:08d}", process)
+        process.send_signal(number)
+        _, printed = process.communicate(timeout=120)
+        if number == signal.SIGTERM:
+            assert process.returncode == 0, printed
+            assert re.search(r"stopped after step \d+ of 40, which is saved; the same command goes on", printed)
+    assert not (tmp_path / "parts" / "model").exists()
+    assert cli.main(["train", "--config", str(config), "--output", str(tmp_path / "parts")]) == 0
+    for a, b in zip(
+        leaves(load(tmp_path / "whole" / "model")), leaves(load(tmp_path / "parts" / "model")), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("values", "words", "message"),
+    [
+        ({"stage": "vae"}, [], "run.yaml.data.path is missing"),
+        ({"stage": "vae", "data": {"path": "none"}}, [], "the dataset none does not exist"),
+        ({"stage": "vae", "data": {"path": "latents"}}, [], "reads 'video', but the examples of latents have"),
+        (
+            {"stage": "vae", "data": {"path": "pixels", "frames": 81}},
+            [],
+            "has 9 frames of video, fewer than the window",
+        ),
+        ({"stage": "vae", "data": {"path": "pixels", "split": "valid"}}, [], "has no split 'valid'"),
+        ({"stage": "vae", "data": {"path": "pixels"}, "init": "gone"}, [], "the checkpoint folder gone does not exist"),
+        ({"stage": "vae", "data": {"path": "pixels"}}, ["--set", "mesh.data=3"], "which does not make 1 devices"),
+        ({"stage": "vae", "data": {"path": "pixels"}}, ["--set", "stps=3"], "stps is not a known setting.*'steps'"),
+        ({"stage": "vae", "data": {"path": "pixels"}}, ["--set", "steps"], "'steps' is not KEY=VALUE"),
+        (
+            {"stage": "self_forcing", "data": {"path": "prompts.txt"}},
+            [],
+            "self_forcing.teacher is missing; name the checkpoint folder of the real score",
+        ),
+        (
+            {"stage": "self_forcing", "data": {"path": "prompts.txt"}, "self_forcing": {"policy": "relaxed"}},
+            [],
+            "relaxed",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(values, words, message, train, tmp_path):
+    code, lines = train({"init": "start"} | values, *words)
+    assert code == 2
+    assert len(lines) == 1
+    assert re.search(message, lines[0]), lines[0]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_teacher_of_other_sizes_is_named(train, data, tmp_path):
+    import dataclasses
+
+    from tiny_data import TINY
+
+    wide = dataclasses.replace(TINY, transformer=dataclasses.replace(TINY.transformer, ffn_dim=48))
+    make_tiny_checkpoint(tmp_path / "wide", wide)
+    values = STAGES["self_forcing"] | {"init": "start", "stage": "self_forcing"}
+    code, lines = train(values, "--set", f"self_forcing.teacher={tmp_path / 'wide'}")
+    assert code == 2
+    assert "has transformer.ffn_dim 48, but the generator start has 32" in lines[0]
+
+
+def test_a_run_of_other_sizes_is_named(train, tmp_path):
+    import dataclasses
+
+    from tiny_data import TINY
+
+    values = RUN | STAGES["vae"] | {"stage": "vae", "steps": 1, "sample": None}
+    assert train(values)[0] == 0
+    assert TINY.vae is not None
+    make_tiny_checkpoint(tmp_path / "wide", dataclasses.replace(TINY, vae=dataclasses.replace(TINY.vae, dim=8)))
+    code, lines = train(values | {"init": str(tmp_path / "wide")})
+    assert code == 2
+    assert re.search(r"has .*vae.* as float32\[.*\]; this run needs float32\[", lines[-1])

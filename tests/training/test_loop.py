@@ -1,0 +1,96 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+from toy_runs import EXAMPLES, line_setup, run_config, self_forcing_setup, teacher_setup
+
+from rfjax.errors import UserError
+from rfjax.training.config import CheckpointConfig, EMAConfig, MeshConfig
+from rfjax.training.loop import best_networks, mesh_of, train
+
+SETUPS = {"teacher": teacher_setup, "self_forcing": self_forcing_setup}
+CONFIGS = {
+    "teacher": run_config("teacher", ema=EMAConfig(decay=0.5)),
+    "self_forcing": run_config("self_forcing", ema=EMAConfig(decay=0.5, from_step=2)),
+}
+
+
+def learn(config, setup, folder, stop_after=None):
+    """Train; with `stop_after`, as if a signal came during that step."""
+    asked = iter(range(1, 1000))
+    stop = (lambda: False) if stop_after is None else (lambda: next(asked) >= stop_after)
+    return train(config, setup, mesh_of(config), folder, Console(quiet=True), stop)
+
+
+def assert_same_bits(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y), strict=True), a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["teacher", "self_forcing"])
+def test_a_run_that_was_stopped_twice_ends_with_the_same_bits(stage, tmp_path):
+    config, setup = CONFIGS[stage], SETUPS[stage]()
+    whole = learn(config, setup, tmp_path / "whole")
+    assert int(whole.step) == config.steps
+    for stop_after in (1, 3):  # the second time counts from where the first left off
+        part = learn(config, setup, tmp_path / "parts", stop_after)
+    assert int(part.step) == 4
+    assert_same_bits(whole, learn(config, setup, tmp_path / "parts"))
+
+
+@pytest.mark.parametrize("stage", ["teacher", "self_forcing"])
+def test_everybody_whose_turn_it_is_learns(stage, tmp_path):
+    config, setup = dataclasses.replace(CONFIGS[stage], steps=2), SETUPS[stage]()
+    state = learn(config, setup, tmp_path)
+    for player, networks in setup.params.items():
+        moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), networks, state.params[player])
+        assert max(jax.tree.leaves(moved)) > 1e-3, player
+    first = setup.stage.players[0]
+    assert jax.tree.structure(best_networks(setup, state)) == jax.tree.structure(setup.params[first])
+
+
+def test_a_batch_in_parts_teaches_what_the_whole_does(tmp_path):
+    runs = [
+        learn(run_config("teacher", accumulate=parts), line_setup(), tmp_path / str(parts)).params
+        for parts in (1, 2, 4)
+    ]
+    for other in runs[1:]:
+        np.testing.assert_allclose(other["model"]["line"]["slope"], runs[0]["model"]["line"]["slope"], rtol=1e-5)
+    assert float(runs[0]["model"]["line"]["slope"]) == pytest.approx(0.06, rel=0.1)  # six Adam steps of 0.01
+
+
+def test_the_average_is_of_the_parameters_from_its_first_step_on(tmp_path):
+    def slopes(steps, **ema):
+        config = run_config("teacher", steps=steps, ema=EMAConfig(**ema) if ema else None)
+        state = learn(config, line_setup(), tmp_path / f"{steps}{ema}")
+        return float(best_networks(line_setup(), state)["line"]["slope"])
+
+    plain = [slopes(steps) for steps in (1, 2, 3)]
+    averaged = slopes(3, decay=0.5, from_step=2)  # the first step's is itself
+    assert averaged == pytest.approx(0.25 * plain[0] + 0.25 * plain[1] + 0.5 * plain[2], rel=1e-5)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    setup = line_setup()
+    config = run_config("teacher", checkpoint=CheckpointConfig(every=2))
+    good = learn(dataclasses.replace(config, steps=2), setup, tmp_path)
+    bad = dataclasses.replace(setup, source=[{"x": np.float32(np.nan), "y": np.float32(0)}] * EXAMPLES)
+    with pytest.raises(UserError, match=r"diverged: model/.* of step 3 is nan; the last good checkpoint is .* step 2"):
+        learn(config, bad, tmp_path)
+    assert_same_bits(good.params, learn(dataclasses.replace(config, steps=2), setup, tmp_path).params)
+
+
+def test_another_run_in_the_same_folder_is_refused(tmp_path):
+    learn(run_config("teacher", steps=1), line_setup(), tmp_path)
+    with pytest.raises(UserError, match="the run in this folder has batch_size 4, this one 2"):
+        learn(run_config("teacher", steps=2, batch_size=2), line_setup(), tmp_path)
+    assert int(learn(run_config("teacher", steps=2), line_setup(), tmp_path).step) == 2
+
+
+def test_devices_that_do_not_divide_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(UserError, match="does not make 1 devices"):
+        learn(run_config("teacher", mesh=MeshConfig(data=3)), line_setup(), tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,65 @@
+import pytest
+
+from rfjax.config import preset_names, preset_path
+from rfjax.errors import UserError
+from rfjax.training.config import TrainConfig, find_config, load_train_config
+
+SMALLEST = {"stage": "vae", "init": "start", "data": {"path": "clips"}}
+
+
+def test_every_shipped_configuration_reads():
+    for name in preset_names("train"):
+        config = load_train_config(find_config(name))
+        assert TrainConfig.from_dict(config.to_dict()) == config
+
+
+def test_the_published_preset_has_the_published_numbers():
+    config = load_train_config(preset_path("train", "self_forcing"))
+    options = config.self_forcing
+    assert options is not None
+    assert (config.optimizer.learning_rate, options.critic.learning_rate) == (2e-6, 4e-7)
+    assert config.optimizer.betas == options.critic.betas == (0.0, 0.999)
+    assert config.optimizer.weight_decay == options.critic.weight_decay == 0.01
+    assert config.ema is not None
+    assert (config.ema.decay, config.ema.from_step) == (0.99, 200)
+    assert (config.batch_size, config.steps, options.generator_every) == (64, 600, 5)
+    assert (options.latent_frames, options.window_frames, options.guidance) == (21, 21, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stage": "techer"}, r"stage is 'techer'; one of vae, .* is needed; did you mean 'teacher'"),
+        ({"init": ""}, "init is missing"),
+        ({"data": {}}, r"data\.path is missing"),
+        ({"data": {"path": "clips", "frame": 3}}, r"data\.frame is not a known setting; did you mean 'frames'"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": True}, "seed is True"),
+        ({"dtype": "float16"}, "dtype is 'float16'"),
+        ({"batch_size": 6, "accumulate": 4}, r"batch_size is 6; a multiple of accumulate \(4\)"),
+        ({"teacher": {}}, "stage is 'vae', but it has options for 'teacher'"),
+        ({"optimizer": {"schedule": "linear"}}, "schedule is 'linear'"),
+        ({"optimizer": {"learning_rate": 0}}, "learning_rate is 0"),
+        ({"optimizer": {"betas": [0.9]}}, r"betas is \[0\.9\]"),
+        ({"optimizer": {"clip_norm": 0}}, "clip_norm is 0"),
+        ({"optimizer": {"weight_decay": -1}}, "weight_decay is -1"),
+        ({"ema": {"decay": 1}}, "decay is 1"),
+        ({"stage": "causal", "causal": {"forcing": "none"}}, r"causal\.forcing is 'none'"),
+        ({"stage": "causal", "causal": {"drop_prompt": 2}}, r"causal\.drop_prompt is 2"),
+        ({"stage": "teacher", "teacher": {"drop_prompt": -0.1}}, r"teacher\.drop_prompt is -0\.1"),
+    ],
+)
+def test_wrong_values_are_named(change, message):
+    with pytest.raises(UserError, match=message):
+        TrainConfig.from_dict(SMALLEST | change)
+
+
+def test_single_settings_take_the_place_of_the_files(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("stage: vae\ninit: start\ndata: {path: clips}\nsteps: 5\n")
+    config = load_train_config(path, {"steps": "7", "optimizer.learning_rate": "3e-4", "data.frames": "9"})
+    assert (config.steps, config.optimizer.learning_rate, config.data.frames) == (7, 3e-4, 9)
+    with pytest.raises(UserError, match=r"steps of run\.yaml is 5, which has no settings"):
+        load_train_config(path, {"steps.more": "1"})
+    with pytest.raises(UserError, match="is not a YAML value"):
+        load_train_config(path, {"init": "[1"})
