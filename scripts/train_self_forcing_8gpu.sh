@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Self-Forcing at 1.3B on one machine with 8 NVIDIA GPUs of 40 GB or more, in one process.
+# Self-Forcing at 1.3B on one machine with 8 NVIDIA GPUs of 80 GB, in one process. Not yet run on such a machine.
 #
 #   scripts/train_self_forcing_8gpu.sh [--set key=value ...]
 #

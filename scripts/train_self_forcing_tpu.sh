@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Self-Forcing at 1.3B on a TPU pod slice: ask for the slice, put this code on every host, train on all of them.
+# Not yet run on a slice.
 #
 #   PROJECT=my-project ZONE=us-east5-a SHARE=10.0.0.2:/share scripts/train_self_forcing_tpu.sh [--set key=value ...]
 #

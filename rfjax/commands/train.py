@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from rfjax.commands.generate import _setting
+from rfjax.errors import UserError
 
 _FOLDER = """\
 DIR receives:
@@ -14,6 +15,9 @@ DIR receives:
   model/          at the end, a checkpoint for rfjax generate --checkpoint and for the next stage's init
 
 Ctrl-C and SIGTERM end the step, save and leave; after SIGTERM the exit code is 0.
+
+With --distributed the same command is started on every host of a TPU pod slice or by every task of a Slurm job, and DIR
+is a folder that all of them see.
 """
 
 
@@ -34,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="settings",
         help="a setting in place of the file's, such as optimizer.learning_rate=1e-4; may be repeated",
     )
+    parser.add_argument("--distributed", action="store_true", help="be one of several processes that train together")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -45,6 +50,8 @@ def run(args: argparse.Namespace) -> None:
     from rfjax.training.config import find_config, load_train_config
 
     config = load_train_config(find_config(args.config), dict(args.settings))
-    from rfjax.commands import training  # imports JAX
-
-    training.run(config, args.output)
+    try:
+        from rfjax.commands import training  # imports JAX
+    except ImportError as error:
+        raise UserError(f'training needs more packages, such as {error.name}; pip install "rfjax[train]"') from None
+    training.run(config, args.output, args.distributed)

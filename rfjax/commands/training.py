@@ -5,7 +5,9 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import yaml
+from jax.experimental import multihost_utils
 from rich.console import Console
 
 from rfjax.commands.interruptions import Interruptions, Terminated
@@ -20,30 +22,56 @@ from rfjax.training.setup import prepare
 MODEL = "model"
 
 
-def run(config: TrainConfig, folder: Path) -> None:
-    """Train a stage in a folder and export its model.
+def run(config: TrainConfig, folder: Path, distributed: bool = False) -> None:
+    """Train a stage in a folder and export its model; `distributed` as one of several processes.
 
     Raises:
         UserError: an input is wrong, the folder cannot be written, or the loss diverged.
         KeyboardInterrupt: Ctrl-C was pressed; the state is saved.
     """
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if distributed:
+        _join()
+    console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=jax.process_index() > 0)
     mesh = mesh_of(config)
-    setup = prepare(config)
+    # Whole networks are loaded; the first device alone would have to hold all of them.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        setup = prepare(config)
     _write_config(config, folder)
     console.print(_summary(config, setup.params), markup=False)
     began = time.monotonic()
     with Interruptions() as interruptions:
-        state = train(config, setup, mesh, folder, console, lambda: interruptions.noted is not None)
+        state = train(config, setup, mesh, folder, console, lambda: _anyone(interruptions.noted is not None))
         done = int(state.step)
         if done < config.steps:
             console.print(f"stopped after step {done} of {config.steps}, which is saved; the same command goes on")
             with contextlib.suppress(Terminated):
                 interruptions.check()
             return
+    networks = _whole(best_networks(setup, state))
     if jax.process_index() == 0:
-        export(config, setup, jax.device_get(best_networks(setup, state)), folder / MODEL)
+        export(config, setup, networks, folder / MODEL)
         console.print(f"{folder / MODEL} after {time.monotonic() - began:.0f} s", markup=False)
+
+
+def _join() -> None:
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+    try:
+        jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--distributed found no other processes, as of a TPU pod slice or Slurm: {reason}") from None
+
+
+def _anyone(noted: bool) -> bool:
+    """Whether it is so in any process: all save and leave after the same step."""
+    return noted if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(noted)).any())
+
+
+def _whole(networks: Params) -> Params:
+    """Copy to the host what may lie on the devices of several."""
+    if jax.process_count() == 1:
+        return jax.device_get(networks)
+    return jax.tree.map(lambda leaf: multihost_utils.process_allgather(leaf, tiled=True), networks)
 
 
 def _write_config(config: TrainConfig, folder: Path) -> None:

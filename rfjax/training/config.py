@@ -108,6 +108,8 @@ class VAEOptions(_Config):
 
     kl_weight: float = 1e-6
     """Of the KL divergence from a standard normal, per latent number."""
+    squared_weight: float = 1.0
+    """Of the mean squared error of the pixels, added to the mean absolute one."""
     statistics_batches: int = 16
     """Batches of latents of which the exported mean and standard deviation are taken."""
 

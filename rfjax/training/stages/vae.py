@@ -33,7 +33,7 @@ class VAEStage:
     def loss(
         self, player: str, params: Mapping[str, Networks], frozen: Mapping[str, Any], batch: Batch, key: Array
     ) -> tuple[Float[Array, ""], Metrics]:
-        """Return the mean absolute error of the pixels plus the weighted divergence; see `Stage.loss`."""
+        """Return the errors of the pixels, absolute and squared, plus the weighted divergence; see `Stage.loss`."""
         vae = params[player]["vae"]
         video = to_unit(batch["video"])
         mean, log_variance = (moment.astype(jnp.float32) for moment in posterior(self.config, vae, video))
@@ -41,11 +41,10 @@ class VAEStage:
         noise = jax.random.normal(key, mean.shape, jnp.float32)
         z = mean + jnp.exp(0.5 * log_variance) * noise
         shown = reconstruct(self.config, vae, z.astype(vae["quant_conv"]["kernel"].dtype)).astype(jnp.float32)
-        error = jnp.abs(shown - video).mean()
+        error, squared = jnp.abs(shown - video).mean(), jnp.square(shown - video).mean()
         divergence = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance).mean()
-        squared = jnp.square(jnp.clip(shown, -1, 1) - video).mean()
-        psnr = 10 * jnp.log10(4 / jnp.maximum(squared, 1e-10))
-        loss = error + self.options.kl_weight * divergence
+        psnr = 10 * jnp.log10(4 / jnp.maximum(jnp.square(jnp.clip(shown, -1, 1) - video).mean(), 1e-10))
+        loss = error + self.options.squared_weight * squared + self.options.kl_weight * divergence
         return loss, {"error": error, "divergence": divergence, "psnr": psnr}
 
 
