@@ -1,4 +1,7 @@
-"""Write a copy of a checkpoint with its parameters in another type: python scripts/cast_checkpoint.py FROM TO bfloat16."""
+"""Write a copy of a checkpoint with its parameters in another type.
+
+python scripts/cast_checkpoint.py FROM TO bfloat16
+"""
 
 import sys
 from pathlib import Path

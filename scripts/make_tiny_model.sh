@@ -9,11 +9,17 @@ mkdir -p "${1:-runs}"
 [ "${1:-runs}" -ef runs ] || ln -sfn "$(realpath "$1")" runs   # the configurations name their inputs below runs/
 
 unless() { local made=$1; shift; [ -e "$made" ] || { echo "== $made"; "$@"; }; }
-stage() { unless "runs/$1/model" rfjax train --config "moving_shapes_$1" --output "runs/$1"; }
+stage() {
+  unless "runs/$1/model" rfjax train --config "moving_shapes_$1" --output "runs/$1"
+  [ -e "runs/$1/model" ] || exit 0   # told to stop, and saved
+}
 
 unless runs/start python scripts/make_random_checkpoint.py moving_shapes runs/start
-unless runs/pixels rfjax data moving-shapes --output runs/pixels --clips 8000 --test-clips 200
-unless runs/picture_pixels rfjax data moving-shapes --output runs/picture_pixels --clips 60000 --test-clips 200 --frames 1 --seed 1
+unless runs/small_pixels rfjax data moving-shapes --output runs/small_pixels --clips 20000 --test-clips 100 \
+  --frames 5 --height 32 --width 48 --seed 2
+unless runs/pixels rfjax data moving-shapes --output runs/pixels --clips 4000 --test-clips 200
+unless runs/picture_pixels rfjax data moving-shapes --output runs/picture_pixels --clips 40000 --test-clips 200 --frames 1 --seed 1
+stage vae_small
 stage vae
 unless runs/latents rfjax data latents --dataset runs/pixels --checkpoint runs/vae/model --output runs/latents
 unless runs/pictures rfjax data latents --dataset runs/picture_pixels --checkpoint runs/vae/model --output runs/pictures

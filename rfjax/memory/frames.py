@@ -200,6 +200,8 @@ def whole_frames_view(keys: Float[Array, "L B S T C"], values: Float[Array, "L B
 
 def slots_of(stored: Int[Array, "*B N"], frames: Int[Array, "*B n"]) -> Int[Array, "*B n"]:
     """Return the slot that holds each given frame, one beyond the last where none does."""
+    if stored.shape[-1] == 0:  # a video of a single chunk stores nothing
+        return jnp.zeros_like(frames)
     same = (stored[..., None, :] == frames[..., :, None]) & (frames[..., :, None] >= 0)
     return jnp.where(same.any(axis=-1), jnp.argmax(same, axis=-1), stored.shape[-1])
 
@@ -211,6 +213,8 @@ def write(
 
     One slice at a time: XLA's scatter takes 3.6 times as long on a CPU and widens a bfloat16 store to float32 there.
     """
+    if store.shape[2] == 0:
+        return store
     groups, batch, count = slots.shape
     layers = store.shape[0] // groups
     one = (layers, 1, 1, *store.shape[3:])

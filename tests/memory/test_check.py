@@ -192,3 +192,8 @@ def test_built_in_policies_pass_the_dry_run(name):
 def test_an_unspoilt_policy_passes():
     state, view = check(spoilt()())
     assert state.keys.shape == view.keys.shape == (2, 2, 18, 3, 8)
+
+
+@pytest.mark.parametrize("name", preset_names("policies"))
+def test_a_video_of_a_single_chunk_fits_every_policy(name):
+    check_policy(memory.create(name), SHAPE, SHAPE.chunk_frames, jnp.float32)

@@ -110,3 +110,10 @@ def test_tokenizer_of_another_kind(tmp_path, lacking):
     vocabulary = [piece for piece in VOCABULARY if piece != lacking]
     with pytest.raises(UserError, match=f"has no token {lacking}; a UMT5 tokenizer is needed"):
         Tokenizer.load(write_tokenizer(tmp_path, vocabulary, template=False))
+
+
+def test_the_empty_prompt_is_its_end_alone(tmp_path):
+    tokenizer = Tokenizer.load(write_tokenizer(tmp_path), max_tokens=4)
+    ids, mask = tokenizer.nothing()
+    assert ids.tolist() == [[tokenizer.end_id, *[tokenizer.pad_id] * 3]]
+    assert mask.tolist() == [[1, 0, 0, 0]]

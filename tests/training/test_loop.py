@@ -47,7 +47,7 @@ def test_everybody_whose_turn_it_is_learns(stage, tmp_path):
     state = learn(config, setup, tmp_path)
     for player, networks in setup.params.items():
         moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), networks, state.params[player])
-        assert max(jax.tree.leaves(moved)) > 1e-3, player
+        assert max(jax.tree.leaves(moved)) > 1e-4, player  # a critic's rate is 1e-4 by default
     first = setup.stage.players[0]
     assert jax.tree.structure(best_networks(setup, state)) == jax.tree.structure(setup.params[first])
 
