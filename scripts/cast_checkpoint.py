@@ -10,6 +10,7 @@ from rfjax.io.checkpoints import TOKENIZER, load_checkpoint_config, load_network
 
 
 def main(source: str, target: str, dtype: str) -> None:
+    """Write the checkpoint folder `target`, which must not exist; `dtype` is float32 or bfloat16."""
     config, folder = load_checkpoint_config(Path(source)), Path(source)
     params = {name: load_network(folder, name, dtype) for name in parameter_trees(config)}
     tokenizer = folder / TOKENIZER

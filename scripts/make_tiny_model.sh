@@ -17,17 +17,18 @@ stage() {
 unless runs/start python scripts/make_random_checkpoint.py moving_shapes runs/start
 unless runs/small_pixels rfjax data moving-shapes --output runs/small_pixels --clips 20000 --test-clips 100 \
   --frames 5 --height 32 --width 48 --seed 2
-unless runs/pixels rfjax data moving-shapes --output runs/pixels --clips 4000 --test-clips 200
-unless runs/picture_pixels rfjax data moving-shapes --output runs/picture_pixels --clips 40000 --test-clips 200 --frames 1 --seed 1
+unless runs/pixels rfjax data moving-shapes --output runs/pixels --clips 2000 --test-clips 100
+unless runs/picture_pixels rfjax data moving-shapes --output runs/picture_pixels --clips 24000 --test-clips 200 --frames 1 --seed 1
 stage vae_small
 stage vae
-unless runs/latents rfjax data latents --dataset runs/pixels --checkpoint runs/vae/model --output runs/latents
-unless runs/pictures rfjax data latents --dataset runs/picture_pixels --checkpoint runs/vae/model --output runs/pictures
+stage vae_long
+unless runs/latents rfjax data latents --dataset runs/pixels --checkpoint runs/vae_long/model --output runs/latents
+unless runs/pictures rfjax data latents --dataset runs/picture_pixels --checkpoint runs/vae_long/model --output runs/pictures
 stage images
 stage teacher
 stage causal
 unless runs/trajectories rfjax data trajectories --prompts runs/latents --checkpoint runs/teacher/model \
-  --output runs/trajectories --count 512 --solver-steps 16 --batch-size 16
+  --output runs/trajectories --count 256 --solver-steps 16 --batch-size 16
 stage ode
 stage self_forcing
 unless runs/moving_shapes python scripts/cast_checkpoint.py runs/self_forcing/model runs/moving_shapes bfloat16

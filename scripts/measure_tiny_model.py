@@ -37,7 +37,7 @@ from rfjax.io.outputs import check_writable, make_folder
 from rfjax.memory import MemoryPolicy
 from rfjax.memory.registry import parse_text
 from rfjax.models.model import Model
-from rfjax.sampling.codec import vae_of
+from rfjax.sampling.codec import to_bytes, to_unit, vae_of
 from rfjax.sampling.pipeline import keys_from_seed, stream_video
 
 POLICIES = ("relax_forcing", "self_forcing:window_frames=21", "attention_sink", "context_forcing")
@@ -166,9 +166,9 @@ def reconstructed(study: Study, numbers: range) -> Videos:
     video, length = drawn(study, numbers), WINDOW_SECONDS * FPS
     for start in range(0, study.frames, length):
         # The first latent frame stands for one frame, so that pieces begin with the last one's end.
-        piece = video[:, start : start + length + 1].astype(np.float32) / 127.5 - 1
-        decoded = np.asarray(rfjax.decode(study.model, rfjax.encode(study.model, piece)), np.float32)
-        video[:, start : start + length] = np.round((decoded[:, :-1] + 1) * 127.5).astype(np.uint8)
+        piece = to_unit(video[:, start : start + length + 1])
+        decoded = rfjax.decode(study.model, rfjax.encode(study.model, piece))
+        video[:, start : start + length] = to_bytes(decoded[:, :-1])
     return video
 
 
@@ -221,6 +221,7 @@ def strip(video: UInt8[np.ndarray, "T H W 3"], text: str) -> UInt8[np.ndarray, "
 
 
 def write_png(path: Path, picture: UInt8[np.ndarray, "H W 3"]) -> None:
+    """Write a picture, whole or not at all."""
     cv2 = opencv()
     with replacing(path) as temporary:
         temporary.write_bytes(cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes())

@@ -2,13 +2,12 @@
 
 import argparse
 import dataclasses
-import math
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from rfjax.commands.generate import _whole
+from rfjax.commands.flags import add_batch_size, add_dtype, number, whole
 from rfjax.errors import UserError
 
 _SECONDS_BETWEEN_LINES = 5.0
@@ -57,12 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_moving_shapes(kind: argparse.ArgumentParser) -> None:
-    kind.add_argument("--clips", metavar="N", type=_whole(1), default=4000, help="to train on (default: 4000)")
-    kind.add_argument("--test-clips", metavar="N", type=_whole(1), default=200, help="to test with (default: 200)")
+    kind.add_argument("--clips", metavar="N", type=whole(1), default=4000, help="to train on (default: 4000)")
+    kind.add_argument("--test-clips", metavar="N", type=whole(1), default=200, help="to test with (default: 200)")
     _add_sizes(kind, "81", "64", "96")
-    kind.add_argument(
-        "--seed", metavar="N", type=_whole(0, 2**32 - 1), default=0, help="draws other clips (default: 0)"
-    )
+    kind.add_argument("--seed", metavar="N", type=whole(0, 2**32 - 1), default=0, help="draws other clips (default: 0)")
 
 
 def _add_video_folder(kind: argparse.ArgumentParser) -> None:
@@ -75,7 +72,7 @@ def _add_video_folder(kind: argparse.ArgumentParser) -> None:
         "or video, and its caption, text or prompt (default: DIR/captions.csv or DIR/captions.jsonl)",
     )
     _add_sizes(kind, "81", "480", "832")
-    kind.add_argument("--fps", metavar="N", type=_whole(1, 1000), default=16, help="frames a second (default: 16)")
+    kind.add_argument("--fps", metavar="N", type=whole(1, 1000), default=16, help="frames a second (default: 16)")
     kind.add_argument(
         "--test-share",
         metavar="S",
@@ -89,14 +86,14 @@ def _add_sizes(kind: argparse.ArgumentParser, frames: str, height: str, width: s
     """Declare the size of a clip; the defaults are given as text, which argparse reads like the user's."""
     for flag, default, what in (("frames", frames, "frames"), ("height", height, "rows"), ("width", width, "columns")):
         kind.add_argument(
-            f"--{flag}", metavar="N", type=_whole(1), default=default, help=f"{what} of a clip (default: {default})"
+            f"--{flag}", metavar="N", type=whole(1), default=default, help=f"{what} of a clip (default: {default})"
         )
 
 
 def _add_latents(kind: argparse.ArgumentParser) -> None:
     kind.add_argument("--dataset", metavar="DIR", type=Path, required=True, help="clips: all splits are encoded")
     kind.add_argument("--checkpoint", metavar="DIR", type=Path, required=True, help="with the autoencoder")
-    kind.add_argument("--frames", metavar="N", type=_whole(1), help="first video frames of each clip (default: all)")
+    kind.add_argument("--frames", metavar="N", type=whole(1), help="first video frames of each clip (default: all)")
     kind.add_argument(
         "--embed-prompts",
         action="store_true",
@@ -115,7 +112,7 @@ def _add_trajectories(kind: argparse.ArgumentParser) -> None:
     )
     kind.add_argument("--checkpoint", metavar="DIR", type=Path, required=True, help="the teacher")
     kind.add_argument(
-        "--count", metavar="N", type=_whole(1), required=True, help="trajectories; prompts are repeated if fewer"
+        "--count", metavar="N", type=whole(1), required=True, help="trajectories; prompts are repeated if fewer"
     )
     kind.add_argument(
         "--guidance", metavar="G", type=_number("guidance", 0.0, 100.0), default=3.0, help="1 is none (default: 3)"
@@ -126,24 +123,18 @@ def _add_trajectories(kind: argparse.ArgumentParser) -> None:
     kind.add_argument(
         "--solver-steps",
         metavar="N",
-        type=_whole(1),
+        type=whole(1),
         default=48,
         help="a multiple of the model's denoising steps (default: 48)",
     )
-    kind.add_argument("--latent-frames", metavar="N", type=_whole(1), default=21, help="length (default: 21)")
-    kind.add_argument("--seed", metavar="N", type=_whole(0, 2**32 - 1), default=0, help="of the noise (default: 0)")
+    kind.add_argument("--latent-frames", metavar="N", type=whole(1), default=21, help="length (default: 21)")
+    kind.add_argument("--seed", metavar="N", type=whole(0, 2**32 - 1), default=0, help="of the noise (default: 0)")
     _add_computation(kind)
 
 
 def _add_computation(kind: argparse.ArgumentParser) -> None:
-    kind.add_argument(
-        "--batch-size", metavar="N", type=_whole(1, 10**6), default=8, help="clips worked on together (default: 8)"
-    )
-    kind.add_argument(
-        "--dtype",
-        metavar="TYPE",
-        help="float32 or bfloat16 (default: bfloat16 on a GPU or TPU, float32 on a CPU)",
-    )
+    add_batch_size(kind, "clips worked on together", default=8)
+    add_dtype(kind)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -254,10 +245,7 @@ def _print(line: str) -> None:
 
 def _number(name: str, least: float, most: float) -> Callable[[str], float]:
     def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
+        value = number(text)
         if not least <= value <= most:
             raise argparse.ArgumentTypeError(f"{text!r} is not a {name} from {least:g} to {most:g}")
         return value

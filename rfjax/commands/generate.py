@@ -2,11 +2,12 @@
 
 import argparse
 import math
-from collections.abc import Callable
 from pathlib import Path
 
-from rfjax.commands.prompt_schedule import has_word, read_schedule
+from rfjax.commands.flags import add_batch_size, add_dtype, add_settings, number, whole
+from rfjax.commands.prompt_schedule import read_schedule
 from rfjax.errors import UserError
+from rfjax.io.prompts import has_word, read_prompt_file
 
 DEFAULT_PROMPT = "A red fox trots through fresh snow at the edge of a birch forest, morning light"
 DEFAULT_SECONDS = 10.0
@@ -42,17 +43,17 @@ def _add_what(what: argparse._ArgumentGroup) -> None:
         type=_seconds,
         help=f"length, rounded up to whole chunks (default: {DEFAULT_SECONDS:g})",
     )
-    length.add_argument("--latent-frames", metavar="N", type=_whole(1), help="length in latent frames instead")
-    what.add_argument("--height", metavar="PIXELS", type=_whole(1, 2**14), help="rows (default: the checkpoint's)")
-    what.add_argument("--width", metavar="PIXELS", type=_whole(1, 2**14), help="columns (default: the checkpoint's)")
-    what.add_argument("--fps", metavar="N", type=_whole(1, 1000), default=16, help="frames a second (default: 16)")
+    length.add_argument("--latent-frames", metavar="N", type=whole(1), help="length in latent frames instead")
+    what.add_argument("--height", metavar="PIXELS", type=whole(1, 2**14), help="rows (default: the checkpoint's)")
+    what.add_argument("--width", metavar="PIXELS", type=whole(1, 2**14), help="columns (default: the checkpoint's)")
+    what.add_argument("--fps", metavar="N", type=whole(1, 1000), default=16, help="frames a second (default: 16)")
     what.add_argument(
-        "--num-samples", metavar="N", type=_whole(1, 10**6), default=1, help="videos a prompt (default: 1)"
+        "--num-samples", metavar="N", type=whole(1, 10**6), default=1, help="videos a prompt (default: 1)"
     )
     what.add_argument(
         "--seed",
         metavar="N",
-        type=_whole(0, 2**32 - 1),
+        type=whole(0, 2**32 - 1),
         default=0,
         help="with the number of the sample it fixes the video, whatever the batch (default: 0)",
     )
@@ -71,15 +72,7 @@ def _add_how(how: argparse._ArgumentGroup) -> None:
         default="relax_forcing",
         help="memory policy or preset of one, a preset's file (.yaml), or FILE.py:CLASS (default: relax_forcing)",
     )
-    how.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        type=_setting,
-        dest="settings",
-        help="a setting of the policy, such as history_frames=2; may be repeated",
-    )
+    add_settings(how, "a setting of the policy, such as history_frames=2")
     how.add_argument(
         "--sampler",
         choices=("chunk", "rolling"),
@@ -87,14 +80,8 @@ def _add_how(how: argparse._ArgumentGroup) -> None:
         help="chunk: one chunk after the other; rolling: as many chunks as denoising steps together, at rising noise "
         "levels (Rolling Forcing; default: chunk)",
     )
-    how.add_argument(
-        "--batch-size", metavar="N", type=_whole(1, 10**6), default=1, help="videos made together (default: 1)"
-    )
-    how.add_argument(
-        "--dtype",
-        metavar="TYPE",
-        help="float32 or bfloat16 (default: bfloat16 on a GPU or TPU, float32 on a CPU)",
-    )
+    add_batch_size(how, "videos made together", default=1)
+    add_dtype(how)
 
 
 def _add_where(where: argparse._ArgumentGroup) -> None:
@@ -135,7 +122,7 @@ def read_prompts(prompt: str | None, prompt_file: Path | None) -> list[str]:
         UserError: an empty prompt, or a file that is missing, empty or not UTF-8.
     """
     if prompt_file is not None:
-        return _read_prompt_file(prompt_file)
+        return read_prompt_file(prompt_file)
     if prompt is None:
         return [DEFAULT_PROMPT]
     try:
@@ -147,49 +134,8 @@ def read_prompts(prompt: str | None, prompt_file: Path | None) -> list[str]:
     return [prompt.strip()]
 
 
-def _read_prompt_file(path: Path) -> list[str]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read the prompt file {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"the prompt file {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    prompts = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not prompts:
-        raise UserError(f"the prompt file {path} holds no prompt; write one a line")
-    for number, prompt in prompts:
-        if not has_word(prompt):
-            raise UserError(f"line {number} of the prompt file {path} is {prompt!r}; it needs at least one word")
-    return [prompt for _, prompt in prompts]
-
-
-def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    wanted = f"a whole number of at least {least}" if most is None else f"a whole number from {least} to {most}"
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or value < least or (most is not None and value > most):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-        return value
-
-    return parse
-
-
 def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = number(text)
     if not math.isfinite(value) or value <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive, finite number of seconds")
     return value
-
-
-def _setting(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, such as history_frames=2")
-    return key, value

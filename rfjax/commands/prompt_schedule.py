@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from rfjax.errors import UserError, nearest
+from rfjax.io.prompts import has_word
 
 LATEST = 1e7
 """Seconds that a video cannot reach."""
@@ -78,13 +79,6 @@ def _entry(where: str, entry: Any) -> ScheduledPrompt:
     if not isinstance(cut, bool):
         raise UserError(f"{where}: cut is {cut!r}; true or false is needed")
     return ScheduledPrompt(float(at), prompt.strip(), cut)
-
-
-def has_word(prompt: str) -> bool:
-    """Whether anything is left of a prompt when the tokenizer has cleaned it."""
-    from rfjax.models.tokenizer import clean_prompt  # imports JAX
-
-    return bool(clean_prompt(prompt))
 
 
 def switch_frames(

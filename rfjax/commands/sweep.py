@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from rfjax.commands.generate import _whole
+from rfjax.commands.flags import add_batch_size, add_dtype, whole
 
 _STUDY = """\
 A study is a YAML file:
@@ -53,18 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="written by rfjax convert (default: a tiny model with random weights that comes with rfjax)",
     )
-    parser.add_argument(
-        "--dtype",
-        metavar="TYPE",
-        help="float32 or bfloat16 (default: bfloat16 on a GPU or TPU, float32 on a CPU)",
-    )
-    parser.add_argument(
-        "--batch-size", metavar="N", type=_whole(1, 10**6), default=1, help="videos made together (default: 1)"
-    )
+    add_dtype(parser)
+    add_batch_size(parser, "videos made together", default=1)
     parser.add_argument(
         "--together",
         metavar="N",
-        type=_whole(1, 10**6),
+        type=whole(1, 10**6),
         default=1,
         help="variants made together, where they share a compilation; times --batch-size videos (default: 1)",
     )

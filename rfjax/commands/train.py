@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from rfjax.commands.generate import _setting
+from rfjax.commands.flags import add_settings
 from rfjax.errors import UserError
 
 _FOLDER = """\
@@ -29,15 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", metavar="FILE", required=True, help="a YAML file, or the name of one in configs/train"
     )
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of the run")
-    parser.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        type=_setting,
-        dest="settings",
-        help="a setting in place of the file's, such as optimizer.learning_rate=1e-4; may be repeated",
-    )
+    add_settings(parser, "a setting in place of the file's, such as optimizer.learning_rate=1e-4")
     parser.add_argument("--distributed", action="store_true", help="be one of several processes that train together")
 
 

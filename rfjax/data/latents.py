@@ -26,6 +26,7 @@ from rfjax.models.functional import Params
 from rfjax.models.text_encoder import encode_tokens
 from rfjax.models.tokenizer import Tokenizer
 from rfjax.sampling.bidirectional import noise_levels
+from rfjax.sampling.codec import to_unit
 from rfjax.sampling.schedule import STEPS, few_steps
 
 READING_THREADS = 4
@@ -218,7 +219,7 @@ class _Embedder:
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(config: VAEConfig, params: Params, video: UInt8[Array, "B T H W 3"]) -> Float[Array, "B F h w C"]:
     dtype = jax.tree.leaves(params)[0].dtype
-    return vae.encode(config, params, (video.astype(jnp.float32) / 127.5 - 1).astype(dtype))
+    return vae.encode(config, params, to_unit(video).astype(dtype))
 
 
 _encode_tokens = functools.partial(jax.jit, static_argnums=0)(encode_tokens)

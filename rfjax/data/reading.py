@@ -11,6 +11,7 @@ from grain.sources import RandomAccessDataSource
 
 from rfjax.errors import UserError, nearest
 from rfjax.io.paths import kind_of
+from rfjax.io.prompts import read_prompt_file
 from rfjax.models.tokenizer import Tokenizer, clean_prompt
 
 Example = dict[str, Any]
@@ -64,7 +65,7 @@ class Prompts:
 
     def __init__(self, path: Path):
         self.path = path
-        self._prompts = _read_prompts(path)
+        self._prompts = [clean_prompt(prompt) for prompt in read_prompt_file(path)]
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -114,19 +115,6 @@ def _readable(value: Any) -> Any:
         return value.decode()
     array = np.asarray(value)
     return array.astype(np.float32) if array.dtype == np.float16 else array
-
-
-def _read_prompts(path: Path) -> list[str]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read the prompt file {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"the prompt file {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    prompts = [prompt for line in text.split("\n") if (prompt := clean_prompt(line))]
-    if not prompts:
-        raise UserError(f"the prompt file {path} holds no prompt; write one a line")
-    return prompts
 
 
 def check_window(source: Dataset, field: str, frames: int) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from rfjax.config import TextEncoderConfig, VAEConfig
 from rfjax.errors import UserError
@@ -38,6 +38,16 @@ def encode(model: Model, video: Float[AnyArray, "B T H W 3"]) -> Float[Array, "B
         UserError: the checkpoint has no autoencoder, or a size that does not divide.
     """
     return _encode(*vae_of(model), video)
+
+
+def to_unit(video: UInt8[AnyArray, "*frames H W 3"]) -> Float[Array, "*frames H W 3"]:
+    """Return 8-bit pixels as float32 in [-1, 1], as the autoencoder takes them."""
+    return jnp.asarray(video).astype(jnp.float32) / 127.5 - 1
+
+
+def to_bytes(video: Float[AnyArray, "*frames H W 3"]) -> UInt8[Array, "*frames H W 3"]:
+    """Return pixels in [-1, 1], as the autoencoder gives them, in 8 bits."""
+    return jnp.round((jnp.asarray(video).astype(jnp.float32) + 1) * 127.5).astype(jnp.uint8)
 
 
 def encode_tokens(

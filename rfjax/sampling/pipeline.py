@@ -18,7 +18,7 @@ from rfjax.models.functional import Params
 from rfjax.models.model import Model
 from rfjax.models.vae import DecoderCache, decode_first, decode_init, decode_next
 from rfjax.sampling import rolling
-from rfjax.sampling.codec import vae_of
+from rfjax.sampling.codec import to_bytes, vae_of
 from rfjax.sampling.rollout import Chunk, stream
 from rfjax.sampling.switching import Switch
 
@@ -130,17 +130,13 @@ def _fetch(index: int, chunk: Chunk, frames: list[Array], total: int, since: flo
     return VideoChunk(pixels, jax.device_get(chunk.trace), now - since), now
 
 
-def _to_uint8(video: Float[Array, "B T H W 3"]) -> Array:
-    return jnp.round((video.astype(jnp.float32) + 1) * 127.5).astype(jnp.uint8)
-
-
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def _decode_first(config, params, cache, latent):
     cache, video = decode_first(config, params, cache, latent)
-    return cache, _to_uint8(video)
+    return cache, to_bytes(video)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def _decode_next(config, params, cache, latent):
     cache, video = decode_next(config, params, cache, latent)
-    return cache, _to_uint8(video)
+    return cache, to_bytes(video)

@@ -112,6 +112,8 @@ class VAEOptions(_Config):
     """Of the mean squared error of the pixels, added to the mean absolute one."""
     statistics_batches: int = 16
     """Batches of latents of which the exported mean and standard deviation are taken."""
+    decoder_only: bool = False
+    """Whether the encoder stays as it is, so that latents made with it, and networks trained on them, stay of use."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,6 +212,13 @@ class TrainConfig(_Config):
                 raise UserError(f"the run's stage is {self.stage!r}, but it has options for {name!r}; remove them")
         if self.batch_size % self.accumulate:
             raise UserError(f"batch_size is {self.batch_size}; a multiple of accumulate ({self.accumulate}) is needed")
+        if self.vae is not None and self.vae.decoder_only and self.optimizer.weight_decay:
+            raise UserError(
+                f"optimizer.weight_decay is {self.optimizer.weight_decay:g}; with vae.decoder_only, 0 is needed, "
+                "lest the encoder's parameters decay"
+            )
+        if self.stage != "vae" and self.sample is not None and not self.sample.prompts:
+            raise UserError("sample.prompts is missing; name a prompt or more, or leave sample out")
 
     @property
     def options(self) -> Any:

@@ -13,12 +13,13 @@ import numpy as np
 
 from rfjax.config import ModelConfig, VAEConfig
 from rfjax.data.reading import batches
+from rfjax.io.atomic import temporary_name
 from rfjax.io.checkpoints import TOKENIZER, save
 from rfjax.models.functional import Params
 from rfjax.models.vae import posterior
+from rfjax.sampling.codec import to_unit
 from rfjax.training.config import TrainConfig
 from rfjax.training.setup import Setup
-from rfjax.training.stages.vae import to_unit
 
 
 def export(config: TrainConfig, setup: Setup, networks: Mapping[str, Params], folder: Path) -> None:
@@ -34,12 +35,13 @@ def export(config: TrainConfig, setup: Setup, networks: Mapping[str, Params], fo
         UserError: the folder cannot be written.
     """
     model = setup.model
-    if config.stage == "vae":
+    if config.stage == "vae" and not config.options.decoder_only:
         model = _with_statistics(config, setup, networks["vae"])
-    if folder.exists():
+    tokenizer, whole = Path(config.init) / TOKENIZER, temporary_name(folder)
+    save(whole, model, networks, tokenizer if tokenizer.is_dir() else None, rest=Path(config.init))
+    if folder.exists():  # of the same run with fewer steps
         shutil.rmtree(folder)
-    tokenizer = Path(config.init) / TOKENIZER
-    save(folder, model, networks, tokenizer if tokenizer.is_dir() else None, rest=Path(config.init))
+    whole.rename(folder)
 
 
 def _with_statistics(config: TrainConfig, setup: Setup, params: Params) -> ModelConfig:
@@ -64,7 +66,7 @@ def latent_statistics(
     encode = jax.jit(functools.partial(posterior, config))
     moments = []
     for video in videos:
-        latents = encode(params, to_unit(jnp.asarray(video)))[0].astype(jnp.float32)
+        latents = encode(params, to_unit(video))[0].astype(jnp.float32)
         moments.append(jnp.stack([latents.mean((0, 1, 2, 3)), jnp.square(latents).mean((0, 1, 2, 3))]))
     mean, square = np.mean(np.asarray(moments, np.float64), axis=0)
     std = np.sqrt(np.maximum(square - mean**2, 1e-12))

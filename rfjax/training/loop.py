@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
 from rich.console import Console
 
 from rfjax.data.reading import batches
@@ -99,7 +98,7 @@ class _Run:
         state, first = self._begin(checkpoints, reader)
         metrics.begin(first)
         frozen = place(self.setup.frozen, parameter_sharding(self.mesh, self.setup.frozen))
-        preview = Preview.of(config, self.setup)
+        preview = config.sample and Preview(config, self.setup, config.sample)
         watch, since, seen = Watch(), time.monotonic(), first
         try:
             for step in range(first, config.steps):
@@ -113,12 +112,12 @@ class _Run:
                     now = time.monotonic()
                     metrics.log(done, means, (done - seen) * config.batch_size / (now - since))
                     since, seen = now, done
-                if preview is not None and (done % preview.every == 0 or done == config.steps):
-                    preview.make(self._best(state), frozen, metrics, done)
+                if preview is not None and (done % preview.sample.every == 0 or done == config.steps):
+                    preview.make(best_networks(self.setup, state), frozen, metrics, done)
                     since, seen = time.monotonic(), done
                 if done % config.checkpoint.every == 0 or ending:
                     watch.look()
-                    checkpoints.save(done, state, reader.get_state(), self._settings())
+                    checkpoints.save(done, state, reader.get_state(), config.to_dict())
                 if ending:
                     break
         except DivergedError as error:
@@ -168,14 +167,8 @@ class _Run:
         stage = self.setup.stage
         return {player: sum(player in stage.turn(step) for step in range(steps)) for player in stage.players}
 
-    def _best(self, state: TrainState) -> PyTree:
-        return best_networks(self.setup, state)
-
-    def _settings(self) -> dict[str, Any]:
-        return self.config.to_dict()
-
     def _compare(self, before: Mapping[str, Any]) -> None:
-        now = self._settings()
+        now = self.config.to_dict()
         for name in sorted((before.keys() | now.keys()) - set(FREE)):
             if before.get(name) != now.get(name):
                 raise UserError(

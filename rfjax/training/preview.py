@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rfjax.config import ModelConfig
 from rfjax.memory import create
 from rfjax.models.model import Model
 from rfjax.sampling.bidirectional import sample_bidirectional
-from rfjax.sampling.codec import decode, encode, encode_tokens
+from rfjax.sampling.codec import decode, encode, encode_tokens, to_bytes, to_unit
 from rfjax.sampling.rollout import rollout
 from rfjax.training.config import SampleConfig, TrainConfig
 from rfjax.training.metrics import Metrics
@@ -28,58 +27,44 @@ class Preview:
     """What is shown of a run, and how it is made."""
 
     config: TrainConfig
-    model: ModelConfig
-    tokenizer: Any
-    source: Any
+    setup: Setup
     sample: SampleConfig
-
-    @classmethod
-    def of(cls, config: TrainConfig, setup: Setup) -> "Preview | None":
-        """Return the preview that a configuration asks for, or None."""
-        return config.sample and cls(config, setup.model, setup.tokenizer, setup.source, config.sample)
-
-    @property
-    def every(self) -> int:
-        """Steps between two times."""
-        return self.sample.every
 
     def make(self, networks: Mapping[str, Any], frozen: Mapping[str, Any], metrics: Metrics, step: int) -> None:
         """Make the videos and hand them to the metrics."""
         trees = {name: frozen[name] for name in ("vae", "text_encoder") if name in frozen} | dict(networks)
         model = Model(
-            self.model,
+            self.setup.model,
             transformer=trees.get("transformer", {}),
             vae=trees.get("vae"),
             text_encoder=trees.get("text_encoder"),
-            tokenizer=self.tokenizer,
             dtype=jnp.dtype(jnp.float32),
         )
         if self.config.stage == "vae":
             self._reconstruct(model, metrics, step)
             return
-        video = np.asarray(decode(model, self._latents(model, frozen)))
-        for number, frames in enumerate(video):
-            metrics.video(step, f"sample-{number}", to_bytes(frames), FPS)
+        for number, frames in enumerate(np.asarray(to_bytes(decode(model, self._latents(model, frozen))))):
+            metrics.video(step, f"sample-{number}", frames, FPS)
 
     def _reconstruct(self, model: Model, metrics: Metrics, step: int) -> None:
         """Originals above, reconstructions below."""
-        clips = np.stack([np.asarray(self.source[i]["video"]) for i in range(2)])
+        source = self.setup.source
+        clips = np.stack([np.asarray(source[i]["video"]) for i in range(min(2, len(source)))])
         clips = clips[:, : self.config.data.frames]
-        shown = np.asarray(decode(model, encode(model, jnp.asarray(clips, jnp.float32) / 127.5 - 1)))
-        for number, (clip, frames) in enumerate(zip(clips, shown, strict=True)):
-            metrics.video(step, f"reconstruction-{number}", np.concatenate([clip, to_bytes(frames)], axis=1), FPS)
+        shown = np.asarray(to_bytes(decode(model, encode(model, to_unit(clips)))))
+        for number, frames in enumerate(np.concatenate([clips, shown], axis=2)):
+            metrics.video(step, f"reconstruction-{number}", frames, FPS)
 
     def _latents(self, model: Model, frozen: Mapping[str, Any]) -> jax.Array:
-        config, options, key = self.model, self.config.options, jax.random.key(self.config.seed)
+        config, key = self.setup.model, jax.random.key(self.config.seed)
         embeds = _embeds(model, frozen, "sample")
         size = (config.latent_height, config.latent_width, config.transformer.in_dim)
         shape = (len(embeds), self.sample.latent_frames, *size)
         if self.config.stage == "teacher":
             negative = _embeds(model, frozen, "negative")
-            return sample_bidirectional(
-                config, model.transformer, embeds, negative, shape, key, SOLVER_STEPS, options.guidance
-            )
-        policy = create(getattr(options, "policy", "self_forcing"), **getattr(options, "settings", {}))
+            guidance = self.config.options.guidance
+            return sample_bidirectional(config, model.transformer, embeds, negative, shape, key, SOLVER_STEPS, guidance)
+        policy = getattr(self.setup.stage, "policy", None) or create("self_forcing")
         return rollout(model, policy, embeds, shape, key=key).latents
 
 
@@ -88,8 +73,3 @@ def _embeds(model: Model, frozen: Mapping[str, Any], name: str) -> jax.Array:
     if f"{name}_embeds" in frozen:
         return frozen[f"{name}_embeds"]
     return encode_tokens(model, frozen[f"{name}_ids"], frozen[f"{name}_mask"])
-
-
-def to_bytes(frames: np.ndarray) -> np.ndarray:
-    """Return frames in [-1, 1] as 8-bit."""
-    return np.round((np.clip(frames, -1, 1) + 1) * 127.5).astype(np.uint8)

@@ -17,7 +17,7 @@ from rfjax.models.functional import AnyArray, Params
 from rfjax.models.text_encoder import encode_tokens
 from rfjax.models.tokenizer import Tokenizer
 from rfjax.training.config import SelfForcingOptions, TrainConfig
-from rfjax.training.stage import Stage
+from rfjax.training.stage import Stage, cast
 from rfjax.training.stages.causal import CausalStage
 from rfjax.training.stages.ode import ODEStage
 from rfjax.training.stages.self_forcing import SelfForcingStage
@@ -55,11 +55,11 @@ def prepare(config: TrainConfig) -> Setup:
     model = load_checkpoint_config(folder)
     stage, tokenizer = _stage(config, model, folder), _tokenizer(folder, model)
     source, transforms = _open_data(config, model, tokenizer)
-    player, *others = _players(config)
-    params = {player: {name: load_network(folder, name, "float32") for name in _learning_networks(config)}}
-    if others:
-        params[others[0]] = {"transformer": _teacher(config, model, "float32")}
-    frozen = _frozen_networks(config, folder, model, has_embeds="prompt_embeds" in source[0])
+    params = {stage.players[0]: {name: load_network(folder, name, "float32") for name in _learning_networks(config)}}
+    frozen = _frozen_networks(config, folder, has_embeds="prompt_embeds" in source[0])
+    if config.stage == "self_forcing":  # the critic begins as the teacher
+        params["critic"] = {"transformer": _teacher(config, model)}
+        frozen["teacher"] = cast(params["critic"]["transformer"], config.dtype)
     frozen |= _fixed_prompts(config, model, tokenizer, frozen)
     return Setup(stage, model, params, frozen, source, transforms, tokenizer)
 
@@ -123,11 +123,7 @@ def _trains_text(config: TrainConfig) -> bool:
     return config.stage == "teacher" and config.options.train_text_encoder
 
 
-def _players(config: TrainConfig) -> tuple[str, ...]:
-    return ("generator", "critic") if config.stage == "self_forcing" else ("model",)
-
-
-def _frozen_networks(config: TrainConfig, folder: Path, model: ModelConfig, has_embeds: bool) -> dict[str, Any]:
+def _frozen_networks(config: TrainConfig, folder: Path, has_embeds: bool) -> dict[str, Any]:
     frozen: dict[str, Any] = {}
     if config.stage == "vae":
         return frozen
@@ -135,8 +131,6 @@ def _frozen_networks(config: TrainConfig, folder: Path, model: ModelConfig, has_
         frozen["text_encoder"] = load_network(folder, "text_encoder", config.dtype)
     if config.sample is not None or _reencodes(config):
         frozen["vae"] = load_network(folder, "vae", config.dtype)
-    if config.stage == "self_forcing":
-        frozen["teacher"] = _teacher(config, model, config.dtype)
     return frozen
 
 
@@ -145,7 +139,7 @@ def _reencodes(config: TrainConfig) -> bool:
     return isinstance(options, SelfForcingOptions) and options.latent_frames > options.window_frames
 
 
-def _teacher(config: TrainConfig, model: ModelConfig, dtype: str) -> Params:
+def _teacher(config: TrainConfig, model: ModelConfig) -> Params:
     options = config.options
     if not options.teacher:
         raise UserError("self_forcing.teacher is missing; name the checkpoint folder of the real score")
@@ -159,7 +153,7 @@ def _teacher(config: TrainConfig, model: ModelConfig, dtype: str) -> Params:
             f"self_forcing.teacher {options.teacher} has transformer.{name} {getattr(sizes, name)}, but the generator "
             f"{config.init} has {getattr(model.transformer, name)}; a teacher of the same sizes is needed"
         )
-    return load_network(Path(options.teacher), "transformer", dtype)
+    return load_network(Path(options.teacher), "transformer", "float32")
 
 
 def _fixed_prompts(

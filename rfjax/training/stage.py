@@ -45,6 +45,16 @@ class Stage(Protocol):
         ...
 
 
+class OnePlayer:
+    """A stage in which everything that learns has one optimizer."""
+
+    players = ("model",)
+
+    def turn(self, step: int) -> tuple[str, ...]:
+        """Return the one player."""
+        return self.players
+
+
 def cast(tree: PyTree, dtype: DTypeLike) -> PyTree:
     """Return the tree with its floating-point arrays in another type."""
 

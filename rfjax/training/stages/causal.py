@@ -15,11 +15,11 @@ from rfjax.models.transformer import WanTransformer
 from rfjax.sampling.schedule import STEPS, timesteps
 from rfjax.training.config import CausalOptions
 from rfjax.training.losses import flow_matching_loss
-from rfjax.training.stage import Batch, Metrics, Networks
+from rfjax.training.stage import Batch, Metrics, Networks, OnePlayer
 
 
 @dataclasses.dataclass(frozen=True)
-class CausalStage:
+class CausalStage(OnePlayer):
     """Trains `transformer`: every chunk has a noise level of its own and one pass predicts the flow of all chunks.
 
     Under teacher forcing a chunk sees the clean past, as in generation; under diffusion forcing the noisy one.
@@ -29,12 +29,6 @@ class CausalStage:
     config: ModelConfig
     options: CausalOptions
     remat: bool = False
-
-    players = ("model",)
-
-    def turn(self, step: int) -> tuple[str, ...]:
-        """Return the one player."""
-        return self.players
 
     def loss(
         self, player: str, params: Mapping[str, Networks], frozen: Mapping[str, Any], batch: Batch, key: Array

@@ -12,12 +12,12 @@ from rfjax.errors import UserError
 from rfjax.models.functional import bind
 from rfjax.models.transformer import WanTransformer
 from rfjax.sampling.schedule import few_steps, sigma_at
-from rfjax.training.stage import Batch, Metrics, Networks
+from rfjax.training.stage import Batch, Metrics, Networks, OnePlayer
 from rfjax.training.stages.causal import draw_per_chunk
 
 
 @dataclasses.dataclass(frozen=True)
-class ODEStage:
+class ODEStage(OnePlayer):
     """Trains `transformer` in the way of diffusion forcing: each chunk is at a denoising step of its own.
 
     Source: CausVid (arXiv 2412.07772, section 4.3), Self-Forcing `model/ode_regression.py`.
@@ -25,12 +25,6 @@ class ODEStage:
 
     config: ModelConfig
     remat: bool = False
-
-    players = ("model",)
-
-    def turn(self, step: int) -> tuple[str, ...]:
-        """Return the one player."""
-        return self.players
 
     def loss(
         self, player: str, params: Mapping[str, Networks], frozen: Mapping[str, Any], batch: Batch, key: Array

@@ -12,24 +12,19 @@ from rfjax.config import ModelConfig
 from rfjax.models.functional import bind
 from rfjax.models.text_encoder import encode_tokens
 from rfjax.models.transformer import WanTransformer
-from rfjax.sampling.schedule import STEPS, add_noise, timesteps
+from rfjax.sampling.schedule import STEPS, timesteps
 from rfjax.training.config import TeacherOptions
-from rfjax.training.stage import Batch, Metrics, Networks
+from rfjax.training.losses import flow_matching_loss
+from rfjax.training.stage import Batch, Metrics, Networks, OnePlayer
 
 
 @dataclasses.dataclass(frozen=True)
-class TeacherStage:
+class TeacherStage(OnePlayer):
     """Trains `transformer`, and `text_encoder` where the options say so."""
 
     config: ModelConfig
     options: TeacherOptions
     remat: bool = False
-
-    players = ("model",)
-
-    def turn(self, step: int) -> tuple[str, ...]:
-        """Return the one player."""
-        return self.players
 
     def loss(
         self, player: str, params: Mapping[str, Networks], frozen: Mapping[str, Any], batch: Batch, key: Array
@@ -42,12 +37,15 @@ class TeacherStage:
         embeds = self._embeds(params[player], frozen, batch, dropped)
         chosen = jax.random.randint(draw, (samples,), 0, STEPS)
         timestep = jnp.asarray(timesteps(self.config.timestep_shift))[chosen]
-        noise = jax.random.normal(noise_key, latents.shape, jnp.float32)
-        noisy = add_noise(latents, noise, (timestep / STEPS)[:, None, None, None, None])
         network = bind(WanTransformer, self.config.transformer, params[player]["transformer"])
         text = network.embed_text(embeds)
-        flow, _ = network(noisy, jnp.broadcast_to(timestep[:, None], (samples, frames)), text, remat=self.remat)
-        return jnp.square(flow - (noise - latents)).mean(), {}
+
+        def flow(noisy, timestep):
+            return network(noisy, timestep, text, remat=self.remat)[0]
+
+        noise = jax.random.normal(noise_key, latents.shape, jnp.float32)
+        every_frame = jnp.broadcast_to(timestep[:, None], (samples, frames))
+        return flow_matching_loss(flow, latents, noise, every_frame, self.config.timestep_shift), {}
 
     def _embeds(self, networks: Networks, frozen, batch: Batch, dropped):
         """Prompt embeddings, those of the empty prompt where a prompt is dropped."""

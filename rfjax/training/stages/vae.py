@@ -6,35 +6,35 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
 from rfjax.config import VAEConfig
 from rfjax.models.vae import posterior, reconstruct
+from rfjax.sampling.codec import to_unit
 from rfjax.training.config import VAEOptions
-from rfjax.training.stage import Batch, Metrics, Networks
+from rfjax.training.stage import Batch, Metrics, Networks, OnePlayer
 
 MAX_LOG_VARIANCE = 20.0
 """Beyond this (either sign) the posterior's log variance is cut off, as is usual."""
 
+ENCODER = ("encoder", "quant_conv")
+"""The parts of the autoencoder that make latents."""
+
 
 @dataclasses.dataclass(frozen=True)
-class VAEStage:
+class VAEStage(OnePlayer):
     """Trains `vae`."""
 
     config: VAEConfig
     options: VAEOptions
-
-    players = ("model",)
-
-    def turn(self, step: int) -> tuple[str, ...]:
-        """Return the one player."""
-        return self.players
 
     def loss(
         self, player: str, params: Mapping[str, Networks], frozen: Mapping[str, Any], batch: Batch, key: Array
     ) -> tuple[Float[Array, ""], Metrics]:
         """Return the errors of the pixels, absolute and squared, plus the weighted divergence; see `Stage.loss`."""
         vae = params[player]["vae"]
+        if self.options.decoder_only:
+            vae = {**vae, **{name: jax.lax.stop_gradient(vae[name]) for name in ENCODER}}
         video = to_unit(batch["video"])
         mean, log_variance = (moment.astype(jnp.float32) for moment in posterior(self.config, vae, video))
         log_variance = jnp.clip(log_variance, -MAX_LOG_VARIANCE, MAX_LOG_VARIANCE)
@@ -46,8 +46,3 @@ class VAEStage:
         psnr = 10 * jnp.log10(4 / jnp.maximum(jnp.square(jnp.clip(shown, -1, 1) - video).mean(), 1e-10))
         loss = error + self.options.squared_weight * squared + self.options.kl_weight * divergence
         return loss, {"error": error, "divergence": divergence, "psnr": psnr}
-
-
-def to_unit(video: UInt8[Array, "B T H W 3"]) -> Float[Array, "B T H W 3"]:
-    """Return 8-bit pixels as float32 in [-1, 1]."""
-    return video.astype(jnp.float32) / 127.5 - 1

@@ -1,0 +1,66 @@
+"""Flags that several commands have, and how their values are read."""
+
+import argparse
+import math
+from collections.abc import Callable
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return the reader of a whole number within bounds."""
+    wanted = f"a whole number of at least {least}" if most is None else f"a whole number from {least} to {most}"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return parse
+
+
+def number(text: str) -> float:
+    """Read a number; NaN stands for what is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def setting(text: str) -> tuple[str, str]:
+    """Read `KEY=VALUE`."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, such as history_frames=2")
+    return key, value
+
+
+def add_settings(parser: argparse._ActionsContainer, what: str) -> None:
+    """Declare `--set KEY=VALUE`, which may be repeated."""
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        type=setting,
+        dest="settings",
+        help=f"{what}; may be repeated",
+    )
+
+
+def add_batch_size(parser: argparse._ActionsContainer, what: str, default: int) -> None:
+    """Declare `--batch-size`."""
+    parser.add_argument(
+        "--batch-size", metavar="N", type=whole(1, 10**6), default=default, help=f"{what} (default: {default})"
+    )
+
+
+def add_dtype(parser: argparse._ActionsContainer) -> None:
+    """Declare `--dtype`."""
+    parser.add_argument(
+        "--dtype",
+        metavar="TYPE",
+        help="float32 or bfloat16 (default: bfloat16 on a GPU or TPU, float32 on a CPU)",
+    )
