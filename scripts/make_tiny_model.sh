@@ -18,12 +18,15 @@ unless runs/start python scripts/make_random_checkpoint.py moving_shapes runs/st
 unless runs/small_pixels rfjax data moving-shapes --output runs/small_pixels --clips 20000 --test-clips 100 \
   --frames 5 --height 32 --width 48 --seed 2
 unless runs/pixels rfjax data moving-shapes --output runs/pixels --clips 2000 --test-clips 100
+unless runs/clips rfjax data moving-shapes --output runs/clips --clips 1000 --test-clips 50 --seed 3
 unless runs/picture_pixels rfjax data moving-shapes --output runs/picture_pixels --clips 24000 --test-clips 200 --frames 1 --seed 1
 stage vae_small
 stage vae
 stage vae_long
-unless runs/latents rfjax data latents --dataset runs/pixels --checkpoint runs/vae_long/model --output runs/latents
-unless runs/pictures rfjax data latents --dataset runs/picture_pixels --checkpoint runs/vae_long/model --output runs/pictures
+stage vae_crops
+stage vae_whole
+unless runs/pictures rfjax data latents --dataset runs/picture_pixels --checkpoint runs/vae_whole/model --output runs/pictures
+unless runs/latents rfjax data latents --dataset runs/clips --checkpoint runs/vae_whole/model --output runs/latents
 stage images
 stage teacher
 stage causal

@@ -110,12 +110,12 @@ def test_one_prompt_gives_video_metadata_and_timeline(generate):
 
 
 @pytest.mark.slow
-def test_no_arguments_at_all_make_a_video_with_the_shipped_toy(tmp_path, monkeypatch, capsys):
+def test_no_arguments_at_all_make_a_video_with_the_shipped_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["generate"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert "toy (" in out[0]
-    assert "random weights" in out[1]
+    assert "moving_shapes (" in out[0]
+    assert "moving shapes" in out[1]
     assert len(names("outputs")) == 3
     (video,) = Path("outputs").glob("*-0.mp4")
     assert len(read_video(video)) == 165

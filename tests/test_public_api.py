@@ -70,11 +70,11 @@ def test_a_prompt_becomes_a_video(tmp_path):
     """The docstring's example on the shipped model."""
     import jax
 
-    from rfjax.commands.plan import TOY
+    from rfjax.commands.plan import SHIPPED
 
-    model = rfjax.load(TOY)
+    model = rfjax.load(SHIPPED)
     embeds = rfjax.encode_prompt(model, ["a red fox runs through fresh snow", "waves"])
-    result = rfjax.rollout(model, rfjax.memory.create("relax_forcing"), embeds, (2, 6, 4, 6, 16), key=jax.random.key(0))
+    result = rfjax.rollout(model, rfjax.memory.create("relax_forcing"), embeds, (2, 6, 4, 6, 8), key=jax.random.key(0))
     video = rfjax.decode(model, result.latents)
     assert video.shape == (2, 21, 32, 48, 3)
     assert np.isfinite(video).all()

@@ -9,7 +9,7 @@ from rfjax.commands.prompt_schedule import read_schedule
 from rfjax.errors import UserError
 from rfjax.io.prompts import has_word, read_prompt_file
 
-DEFAULT_PROMPT = "A red fox trots through fresh snow at the edge of a birch forest, morning light"
+DEFAULT_PROMPT = "a red circle bounces and a blue star turns on a dark background"
 DEFAULT_SECONDS = 10.0
 
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_what(what: argparse._ArgumentGroup) -> None:
     prompts = what.add_mutually_exclusive_group()
-    prompts.add_argument("--prompt", metavar="TEXT", help="what the video shows (default: a fox in the snow)")
+    prompts.add_argument("--prompt", metavar="TEXT", help="what the video shows (default: two moving shapes)")
     prompts.add_argument("--prompt-file", metavar="FILE", type=Path, help="a prompt a line, UTF-8")
     prompts.add_argument(
         "--prompt-schedule",
@@ -64,7 +64,7 @@ def _add_how(how: argparse._ArgumentGroup) -> None:
         "--checkpoint",
         metavar="DIR",
         type=Path,
-        help="written by rfjax convert (default: a tiny model with random weights that comes with rfjax)",
+        help="written by rfjax convert (default: the small model of moving shapes that comes with rfjax)",
     )
     how.add_argument(
         "--policy",

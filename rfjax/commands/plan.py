@@ -23,8 +23,8 @@ from rfjax.sampling.budget import VideoShape
 from rfjax.sampling.jobs import Job, batches, expand
 from rfjax.sampling.switching import WINDOW_CHUNKS
 
-TOY = Path(rfjax.__file__).parent / "assets" / "toy"
-"""The checkpoint that comes with rfjax: tiny, with random weights."""
+SHIPPED = Path(rfjax.__file__).parent / "assets" / "moving_shapes"
+"""The checkpoint that comes with rfjax (docs/tiny_model.md)."""
 
 LONGEST = 2**30
 """Latent frames that frame indices can count."""
@@ -103,7 +103,7 @@ def make_plan(args: argparse.Namespace, prompts: list[str], schedule: list[Sched
     """
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     check_dtype(dtype)
-    checkpoint = args.checkpoint or TOY
+    checkpoint = args.checkpoint or SHIPPED
     config, vae = read_config(checkpoint)
     policy = parse(args.policy, dict(args.settings))
     seconds = DEFAULT_SECONDS if args.seconds is None and args.latent_frames is None else args.seconds

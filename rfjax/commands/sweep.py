@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         metavar="DIR",
         type=Path,
-        help="written by rfjax convert (default: a tiny model with random weights that comes with rfjax)",
+        help="written by rfjax convert (default: the small model of moving shapes that comes with rfjax)",
     )
     add_dtype(parser)
     add_batch_size(parser, "videos made together", default=1)

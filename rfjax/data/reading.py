@@ -16,7 +16,7 @@ from rfjax.models.tokenizer import Tokenizer, clean_prompt
 
 Example = dict[str, Any]
 """Values by name: `caption` is a str, all others but a `scene` are arrays."""
-Transform = Callable[[Example], Example]
+Transform = Callable[[Example], Example] | grain.transforms.RandomMap
 """From an example to another; must not change its argument."""
 
 DESCRIPTION = "dataset_info.json"
@@ -131,13 +131,43 @@ def check_window(source: Dataset, field: str, frames: int) -> None:
             )
 
 
-def window(field: str, frames: int) -> Transform:
+def window(field: str, frames: int) -> Callable[[Example], Example]:
     """Keep the first `frames` frames of a field; see `check_window`."""
     cut = (slice(None),) * TIME_AXIS[field] + (slice(frames),)
     return lambda example: {**example, field: example[field][cut]}
 
 
-def tokenise(tokenizer: Tokenizer | None) -> Transform:
+class Crop(grain.transforms.RandomMap):
+    """Keep a piece of the clip's pictures, in all of them the same and elsewhere every time the clip is read."""
+
+    def __init__(self, height: int, width: int):
+        self.size = height, width
+
+    def random_map(self, element: Example, rng: np.random.Generator) -> Example:
+        """Draw the piece of `video`; see `check_crop`."""
+        video = element["video"]
+        top, left = (
+            int(rng.integers(have - keep + 1)) for have, keep in zip(video.shape[1:3], self.size, strict=True)
+        )
+        height, width = self.size
+        return {**element, "video": video[:, top : top + height, left : left + width]}
+
+
+def check_crop(source: Dataset, size: tuple[int, int]) -> None:
+    """Make sure that pictures are as large as a piece of them, or larger.
+
+    Raises:
+        UserError: the first clip's are not.
+    """
+    _, height, width, _ = source[0]["video"].shape
+    if size[0] > height or size[1] > width:
+        raise UserError(
+            f"data.crop is {size[0]}x{size[1]}, but the clips of {source.path} are {height}x{width}; "
+            "ask for a smaller piece, or leave crop out"
+        )
+
+
+def tokenise(tokenizer: Tokenizer | None) -> Callable[[Example], Example]:
     """Add the caption's `ids` and `mask`, int32 `[L]`, unless the example has `prompt_embeds` already.
 
     Raises (when applied):
@@ -184,8 +214,9 @@ def batches(
     if batch_size < 1 or batch_size % process_count:
         raise UserError(f"batch_size is {batch_size}; it must be a multiple of the {process_count} processes")
     dataset = grain.MapDataset.source(source).shuffle(seed).repeat()
-    dataset = dataset[process_index::process_count]
     for transform in transforms:
-        dataset = dataset.map(transform)
+        random = isinstance(transform, grain.transforms.RandomMap)
+        dataset = dataset.random_map(transform, seed=seed) if random else dataset.map(transform)
+    dataset = dataset[process_index::process_count]
     threads = grain.ReadOptions(num_threads=READING_THREADS, prefetch_buffer_size=READING_AHEAD)
     return iter(dataset.batch(batch_size // process_count, drop_remainder=True).to_iter_dataset(threads))

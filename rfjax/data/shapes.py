@@ -21,8 +21,6 @@ COLOURS = {
     "blue": (35, 80, 235),
     "yellow": (250, 222, 35),
     "purple": (165, 50, 212),
-    "orange": (252, 132, 15),
-    "cyan": (45, 212, 230),
 }
 BACKGROUNDS = {"dark": (26, 28, 36), "gray": (126, 128, 132), "sand": (196, 180, 148), "brown": (82, 62, 52)}
 KINDS = ("circle", "square", "triangle", "star", "ring")
@@ -192,7 +190,7 @@ def _course(rng: np.random.Generator, speed: float) -> tuple[float, float]:
 
 def caption(scene: Scene) -> str:
     """Say what is in a scene, as in "a red circle bounces and a blue star turns on a dark background"."""
-    things = [f"{'an' if shape.colour[0] in 'aeiou' else 'a'} {shape.colour} {shape.kind}" for shape in scene.shapes]
+    things = [f"a {shape.colour} {shape.kind}" for shape in scene.shapes]
     verbs = [VERBS[shape.motion] for shape in scene.shapes]
     doing = " and ".join(f"{thing} {verb}" for thing, verb in zip(things, verbs, strict=True))
     match scene.wording:

@@ -23,6 +23,12 @@ class DataConfig(_Config):
     split: str = "train"
     frames: int | None = None
     """Window of each example: its first video frames (stage `vae`) or latent frames; None takes whole clips."""
+    crop: tuple[int, ...] | None = None
+    """Rows and columns of a random piece of the pictures (stage `vae`); None takes whole pictures."""
+
+    def __post_init__(self):
+        if self.crop is not None and len(self.crop) != 2:
+            raise UserError(f"data.crop is {list(self.crop)}; rows and columns are needed, such as [32, 48]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,6 +216,8 @@ class TrainConfig(_Config):
         for name in STAGES:
             if name != self.stage and getattr(self, name) is not None:
                 raise UserError(f"the run's stage is {self.stage!r}, but it has options for {name!r}; remove them")
+        if self.data.crop is not None and self.stage != "vae":
+            raise UserError(f"data.crop is {list(self.data.crop)}, but stage {self.stage} reads no pictures; remove it")
         if self.batch_size % self.accumulate:
             raise UserError(f"batch_size is {self.batch_size}; a multiple of accumulate ({self.accumulate}) is needed")
         if self.vae is not None and self.vae.decoder_only and self.optimizer.weight_decay:

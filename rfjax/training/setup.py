@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rfjax.config import ModelConfig
-from rfjax.data.reading import Dataset, Transform, check_window, open_dataset, tokenise, window
+from rfjax.data.reading import Crop, Dataset, Transform, check_crop, check_window, open_dataset, tokenise, window
 from rfjax.errors import UserError
 from rfjax.io.checkpoints import TOKENIZER, load_checkpoint_config, load_network
 from rfjax.memory import parse
@@ -81,6 +81,10 @@ def _open_data(
         if data.frames is not None and isinstance(source, Dataset):
             check_window(source, field, data.frames)
             transforms.append(window(field, data.frames))
+        if data.crop is not None and isinstance(source, Dataset):
+            height, width = data.crop
+            check_crop(source, (height, width))
+            transforms.append(Crop(height, width))
     wanted = {field} - {None}
     if config.stage != "vae":
         transforms.append(tokenise(tokenizer))

@@ -8,7 +8,7 @@ import pytest
 
 from rfjax import memory
 from rfjax.commands.generate import add_arguments
-from rfjax.commands.plan import TOY, fingerprint, latent_frames, make_plan
+from rfjax.commands.plan import SHIPPED, fingerprint, latent_frames, make_plan
 from rfjax.errors import UserError
 from rfjax.io.checkpoints import load, save
 
@@ -40,31 +40,31 @@ def test_latent_frames_are_taken_as_given():
 
 
 def test_fingerprint_follows_the_checkpoint_and_not_its_place(tmp_path):
-    shutil.copytree(TOY, tmp_path / "copy")
-    assert fingerprint(tmp_path / "copy") == fingerprint(TOY)
+    shutil.copytree(SHIPPED, tmp_path / "copy")
+    assert fingerprint(tmp_path / "copy") == fingerprint(SHIPPED)
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer/tokenizer.json"])
 def test_fingerprint_tells_other_sizes_and_tokenizers(tmp_path, file):
     copy = tmp_path / "copy"
-    shutil.copytree(TOY, copy)
+    shutil.copytree(SHIPPED, copy)
     with open(copy / file, "ab") as stored:
         stored.write(b" ")
-    assert fingerprint(copy) != fingerprint(TOY)
+    assert fingerprint(copy) != fingerprint(SHIPPED)
 
 
 def test_fingerprint_tells_other_weights(tmp_path):
-    model = load(TOY)
+    model = load(SHIPPED)
     assert model.vae is not None
     assert model.text_encoder is not None
     other = jax.tree.map(lambda leaf: leaf + 1, model.vae)
     params = {"transformer": model.transformer, "vae": other, "text_encoder": model.text_encoder}
-    save(tmp_path / "other", model.config, params, TOY / "tokenizer")
+    save(tmp_path / "other", model.config, params, SHIPPED / "tokenizer")
     for name in ("transformer", "text_encoder"):
         shutil.rmtree(tmp_path / "other" / name)
-        shutil.copytree(TOY / name, tmp_path / "other" / name)
-    assert (tmp_path / "other/config.json").read_text() == (TOY / "config.json").read_text()
-    assert fingerprint(tmp_path / "other") != fingerprint(TOY)
+        shutil.copytree(SHIPPED / name, tmp_path / "other" / name)
+    assert (tmp_path / "other/config.json").read_text() == (SHIPPED / "config.json").read_text()
+    assert fingerprint(tmp_path / "other") != fingerprint(SHIPPED)
 
 
 def test_settings_tell_another_version_of_a_policys_file(tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from rfjax.data.moving_shapes import MovingShapesConfig, build
-from rfjax.data.reading import open_dataset
+from rfjax.data.reading import Dataset, check_crop, open_dataset
 from rfjax.data.shapes import Scene, caption, held_out, render
 from rfjax.errors import UserError
 
@@ -27,6 +27,14 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "shapes"
     build(folder, small(train=5, test=3))
     return folder
+
+
+def test_a_piece_larger_than_the_pictures_is_refused(folder):
+    source = open_dataset(folder, "train")
+    assert isinstance(source, Dataset)
+    check_crop(source, (16, 24))
+    with pytest.raises(UserError, match=r"data.crop is 16x32, but the clips of .*shapes are 16x24; ask for a smaller"):
+        check_crop(source, (16, 32))
 
 
 def test_every_clip_is_its_scene_drawn(folder):

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rfjax.data.building import FILE_FORMAT, shards, write_dataset
-from rfjax.data.reading import batches, check_window, open_dataset, tokenise, window
+from rfjax.data.reading import Crop, batches, check_window, open_dataset, tokenise, window
 from rfjax.errors import UserError
 from rfjax.models.tokenizer import Tokenizer
 
@@ -201,12 +201,30 @@ def test_clips_shorter_than_the_window_are_named(folder, tmp_path):
     assert bare.lengths("latents") == source.lengths("latents") == list(LENGTHS)
 
 
-def toy_tokenizer() -> Tokenizer:
-    return Tokenizer.load(Path(str(resources.files("rfjax") / "assets" / "toy" / "tokenizer")), 16)
+def shipped_tokenizer() -> Tokenizer:
+    return Tokenizer.load(Path(str(resources.files("rfjax") / "assets" / "moving_shapes" / "tokenizer")), 16)
+
+
+def test_pieces_of_pictures_are_elsewhere_every_time_and_the_same_for_any_number_of_processes():
+    clip = np.arange(2 * 16 * 24 * 3, dtype=np.int32).reshape(2, 16, 24, 3)
+    clips = [{"video": clip}] * 4
+
+    def read(**share: int) -> np.ndarray:
+        reader = batches(clips, batch_size=4, seed=0, transforms=(Crop(8, 16),), **share)
+        return np.stack([next(reader)["video"] for _ in range(3)])
+
+    pieces = read()
+    assert pieces.shape == (3, 4, 2, 8, 16, 3)
+    corners = [tuple(np.argwhere(clip == piece[0, 0, 0, 0])[0][1:3]) for piece in pieces.reshape(12, 2, 8, 16, 3)]
+    for (top, left), piece in zip(corners, pieces.reshape(12, 2, 8, 16, 3), strict=True):
+        np.testing.assert_array_equal(piece, clip[:, top : top + 8, left : left + 16])
+    assert len(set(corners)) > 6
+    shares = [read(process_index=index, process_count=2) for index in range(2)]
+    np.testing.assert_array_equal(np.stack(shares, axis=2).reshape(pieces.shape), pieces)
 
 
 def test_captions_are_tokenised(folder):
-    tokenizer = toy_tokenizer()
+    tokenizer = shipped_tokenizer()
     example = {"caption": "a red fox"}
     done = tokenise(tokenizer)(example)
     ids, mask = tokenizer(["a red fox"])
@@ -217,7 +235,7 @@ def test_captions_are_tokenised(folder):
 
 def test_prompt_embeds_need_no_tokenizer():
     example = {"caption": "a red fox", "prompt_embeds": np.zeros((2, 3), np.float32)}
-    assert tokenise(toy_tokenizer())(example) is example
+    assert tokenise(shipped_tokenizer())(example) is example
     assert tokenise(None)(example) is example
 
 
@@ -232,7 +250,7 @@ def test_prompts_of_a_text_file(tmp_path):
     path.write_text("\ufeffa red fox\r\n\n  a   blue bird \n", encoding="utf-8")
     source = open_dataset(path, "train")
     assert [source[index] for index in range(len(source))] == [{"caption": "a red fox"}, {"caption": "a blue bird"}]
-    reader = batches(source, batch_size=2, seed=0, transforms=(tokenise(toy_tokenizer()), partial(only, "ids")))
+    reader = batches(source, batch_size=2, seed=0, transforms=(tokenise(shipped_tokenizer()), partial(only, "ids")))
     assert next(reader)["ids"].shape == (2, 16)
 
 

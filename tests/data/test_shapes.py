@@ -203,14 +203,14 @@ def test_the_front_shape_hides_the_other():
 def test_captions_in_every_wording():
     scene = Scene(
         "dark",
-        (one("bounces").shapes[0], dataclasses.replace(one("circles", "star").shapes[0], colour="orange")),
+        (one("bounces").shapes[0], dataclasses.replace(one("circles", "star").shapes[0], colour="purple")),
         0,
     )
     said = [caption(dataclasses.replace(scene, wording=wording)) for wording in range(3)]
     assert said == [
-        "a red circle bounces and an orange star goes around on a dark background",
-        "on a dark background, a red circle bounces and an orange star goes around",
-        "a red circle that bounces, an orange star that goes around, dark background",
+        "a red circle bounces and a purple star goes around on a dark background",
+        "on a dark background, a red circle bounces and a purple star goes around",
+        "a red circle that bounces, a purple star that goes around, dark background",
     ]
 
 

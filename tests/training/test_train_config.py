@@ -33,6 +33,8 @@ def test_the_published_preset_has_the_published_numbers():
         ({"init": ""}, "init is missing"),
         ({"data": {}}, r"data\.path is missing"),
         ({"data": {"path": "clips", "frame": 3}}, r"data\.frame is not a known setting; did you mean 'frames'"),
+        ({"data": {"path": "clips", "crop": [32]}}, r"data\.crop is \[32\]; rows and columns are needed"),
+        ({"stage": "ode", "data": {"path": "clips", "crop": [32, 48]}}, r"crop is \[32, 48\], but stage ode reads no"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": True}, "seed is True"),
         ({"dtype": "float16"}, "dtype is 'float16'"),
