@@ -31,7 +31,7 @@ stage images
 stage teacher
 stage causal
 unless runs/trajectories rfjax data trajectories --prompts runs/latents --checkpoint runs/teacher/model \
-  --output runs/trajectories --count 256 --solver-steps 16 --batch-size 16
+  --output runs/trajectories --count 160 --solver-steps 16 --batch-size 16
 stage ode
 stage self_forcing
 unless runs/moving_shapes python scripts/cast_checkpoint.py runs/self_forcing/model runs/moving_shapes bfloat16
