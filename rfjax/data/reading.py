@@ -146,9 +146,7 @@ class Crop(grain.transforms.RandomMap):
     def random_map(self, element: Example, rng: np.random.Generator) -> Example:
         """Draw the piece of `video`; see `check_crop`."""
         video = element["video"]
-        top, left = (
-            int(rng.integers(have - keep + 1)) for have, keep in zip(video.shape[1:3], self.size, strict=True)
-        )
+        top, left = (int(rng.integers(have - keep + 1)) for have, keep in zip(video.shape[1:3], self.size, strict=True))
         height, width = self.size
         return {**element, "video": video[:, top : top + height, left : left + width]}
 
