@@ -53,6 +53,6 @@ def test_64_bit_mode_gives_the_same_video_and_mistakes_are_named(tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "latents.npy"), want, atol=1e-4)
     key, embeds_shape, shape, prompt = run.stdout.splitlines()
     assert key == "key is 0; one of JAX is needed, such as jax.random.key(0)"
-    assert embeds_shape == "prompt_embeds has shape (32, 96); [B, tokens, 64] is needed"
+    assert embeds_shape == "prompt_embeds has shape (32, 96); [B, tokens, 96] is needed"
     assert shape == "noise is a list; an array [B, F, H, W, 8], or that shape as a tuple, is needed"
     assert "list of prompts" in prompt
