@@ -143,7 +143,9 @@ class Crop(grain.transforms.RandomMap):
     def __init__(self, height: int, width: int):
         self.size = height, width
 
-    def random_map(self, element: Example, rng: np.random.Generator) -> Example:
+    def random_map(  # pyright: ignore[reportIncompatibleMethodOverride] - the base class has no types
+        self, element: Example, rng: np.random.Generator
+    ) -> Example:
         """Draw the piece of `video`; see `check_crop`."""
         video = element["video"]
         top, left = (int(rng.integers(have - keep + 1)) for have, keep in zip(video.shape[1:3], self.size, strict=True))
