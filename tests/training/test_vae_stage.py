@@ -4,10 +4,14 @@ import numpy as np
 import pytest
 from toy_runs import MODEL, run_config
 
+from rfjax.commands.plan import SHIPPED
+from rfjax.data.moving_shapes import MovingShapesConfig, build
+from rfjax.data.reading import batches
 from rfjax.errors import UserError
 from rfjax.models.functional import init_params
 from rfjax.models.vae import WanVAE
-from rfjax.training.config import OptimizerConfig, VAEOptions
+from rfjax.training.config import DataConfig, OptimizerConfig, VAEOptions
+from rfjax.training.setup import prepare
 from rfjax.training.stages.vae import VAEStage
 
 
@@ -31,3 +35,14 @@ def test_parameters_that_do_not_learn_do_not_decay_either():
     with pytest.raises(UserError, match=r"optimizer.weight_decay is 0.01; with vae.decoder_only, 0 is needed"):
         run_config("vae", **options)
     run_config("vae", **options, optimizer=OptimizerConfig(weight_decay=0.0))
+
+
+def test_a_run_reads_pieces_of_its_clips_and_refuses_larger_ones(tmp_path):
+    path = str(tmp_path / "clips")
+    build(tmp_path / "clips", MovingShapesConfig(train=4, test=1, frames=5, height=16, width=24))
+    config = run_config("vae", init=str(SHIPPED), data=DataConfig(path=path, frames=1, crop=(8, 16)))
+    setup = prepare(config)
+    reader = batches(setup.source, batch_size=4, seed=0, transforms=setup.transforms)
+    assert next(reader)["video"].shape == (4, 1, 8, 16, 3)
+    with pytest.raises(UserError, match=r"data.crop is 24x16, but the clips of .*clips are 16x24"):
+        prepare(run_config("vae", init=str(SHIPPED), data=DataConfig(path=path, crop=(24, 16))))
