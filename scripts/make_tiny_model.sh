@@ -18,20 +18,23 @@ unless runs/start python scripts/make_random_checkpoint.py moving_shapes runs/st
 unless runs/small_pixels rfjax data moving-shapes --output runs/small_pixels --clips 20000 --test-clips 100 \
   --frames 5 --height 32 --width 48 --seed 2
 unless runs/pixels rfjax data moving-shapes --output runs/pixels --clips 2000 --test-clips 100
+unless runs/long_pixels rfjax data moving-shapes --output runs/long_pixels --clips 600 --test-clips 20 --frames 129 --seed 5
+unless runs/short_pixels rfjax data moving-shapes --output runs/short_pixels --clips 6000 --test-clips 200 --frames 9 --seed 1
 unless runs/clips rfjax data moving-shapes --output runs/clips --clips 1000 --test-clips 50 --seed 3
-unless runs/picture_pixels rfjax data moving-shapes --output runs/picture_pixels --clips 24000 --test-clips 200 --frames 1 --seed 1
 stage vae_small
 stage vae
 stage vae_long
 stage vae_crops
-stage vae_whole
-unless runs/pictures rfjax data latents --dataset runs/picture_pixels --checkpoint runs/vae_whole/model --output runs/pictures
-unless runs/latents rfjax data latents --dataset runs/clips --checkpoint runs/vae_whole/model --output runs/latents
-stage images
+stage vae_robust
+stage vae_long_crops
+stage vae_final
+unless runs/shorts rfjax data latents --dataset runs/short_pixels --checkpoint runs/vae_final/model --output runs/shorts --batch-size 32
+unless runs/latents rfjax data latents --dataset runs/clips --checkpoint runs/vae_final/model --output runs/latents
+stage short
 stage teacher
 stage causal
 unless runs/trajectories rfjax data trajectories --prompts runs/latents --checkpoint runs/teacher/model \
-  --output runs/trajectories --count 160 --solver-steps 16 --batch-size 16
+  --output runs/trajectories --count 192 --solver-steps 16 --batch-size 16 --guidance 2
 stage ode
 stage self_forcing
 unless runs/moving_shapes python scripts/cast_checkpoint.py runs/self_forcing/model runs/moving_shapes bfloat16

@@ -9,7 +9,7 @@ from rfjax.commands.prompt_schedule import read_schedule
 from rfjax.errors import UserError
 from rfjax.io.prompts import has_word, read_prompt_file
 
-DEFAULT_PROMPT = "a red circle bounces and a blue star turns on a dark background"
+DEFAULT_PROMPT = "a red circle bounces and a blue square turns on a dark background"
 DEFAULT_SECONDS = 10.0
 
 

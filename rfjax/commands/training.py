@@ -13,11 +13,13 @@ from rich.console import Console
 from rfjax.commands.interruptions import Interruptions, Terminated
 from rfjax.errors import UserError
 from rfjax.io.atomic import replacing
+from rfjax.io.outputs import make_folder
+from rfjax.io.ownership import owning
 from rfjax.models.functional import Params
 from rfjax.training.config import TrainConfig
 from rfjax.training.export import export
 from rfjax.training.loop import best_networks, mesh_of, train
-from rfjax.training.setup import prepare
+from rfjax.training.setup import Setup, prepare
 
 MODEL = "model"
 
@@ -26,7 +28,7 @@ def run(config: TrainConfig, folder: Path, distributed: bool = False) -> None:
     """Train a stage in a folder and export its model; `distributed` as one of several processes.
 
     Raises:
-        UserError: an input is wrong, the folder cannot be written, or the loss diverged.
+        UserError: an input is wrong, the folder cannot be written or is another run's now, or the loss diverged.
         KeyboardInterrupt: Ctrl-C was pressed; the state is saved.
     """
     if distributed:
@@ -36,7 +38,13 @@ def run(config: TrainConfig, folder: Path, distributed: bool = False) -> None:
     # Whole networks are loaded; the first device alone would have to hold all of them.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         setup = prepare(config)
-    _write_config(config, folder)
+    with _first_process_owning(folder):
+        _write_config(config, folder)
+        _train(config, setup, mesh, folder, console)
+
+
+def _train(config: TrainConfig, setup: Setup, mesh: jax.sharding.Mesh, folder: Path, console: Console) -> None:
+    """Train until the end or a signal, and export at the end."""
     console.print(_summary(config, setup.params), markup=False)
     began = time.monotonic()
     with Interruptions() as interruptions:
@@ -74,13 +82,17 @@ def _whole(networks: Params) -> Params:
     return jax.tree.map(lambda leaf: multihost_utils.process_allgather(leaf, tiled=True), networks)
 
 
+def _first_process_owning(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Make the folder and keep it for this run; of several processes the first does."""
+    if jax.process_index():
+        return contextlib.nullcontext()
+    make_folder(folder)
+    return owning(folder)
+
+
 def _write_config(config: TrainConfig, folder: Path) -> None:
     if jax.process_index():
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror or error}") from None
     with replacing(folder / "config.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 

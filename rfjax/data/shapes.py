@@ -23,7 +23,7 @@ COLOURS = {
     "purple": (165, 50, 212),
 }
 BACKGROUNDS = {"dark": (26, 28, 36), "gray": (126, 128, 132), "sand": (196, 180, 148), "brown": (82, 62, 52)}
-KINDS = ("circle", "square", "triangle", "star", "ring")
+KINDS = ("circle", "square", "triangle", "ring")
 VERBS = {
     "bounces": "bounces",
     "circles": "goes around",
@@ -45,11 +45,9 @@ RADII = {
     "circle": (0.15, 0.21),
     "square": (0.18, 0.24),
     "triangle": (0.19, 0.24),
-    "star": (0.21, 0.24),
     "ring": (0.16, 0.22),
 }
-# Half-planes around the centre, and how many of them a point of the shape may lie outside of (a pentagram's one).
-SIDES = {"square": (4, 0), "triangle": (3, 0), "star": (5, 1)}
+SIDES = {"square": 4, "triangle": 3}
 RING_HOLE = 0.5
 
 
@@ -189,7 +187,7 @@ def _course(rng: np.random.Generator, speed: float) -> tuple[float, float]:
 
 
 def caption(scene: Scene) -> str:
-    """Say what is in a scene, as in "a red circle bounces and a blue star turns on a dark background"."""
+    """Say what is in a scene, as in "a red circle bounces and a blue square turns on a dark background"."""
     things = [f"a {shape.colour} {shape.kind}" for shape in scene.shapes]
     verbs = [VERBS[shape.motion] for shape in scene.shapes]
     doing = " and ".join(f"{thing} {verb}" for thing, verb in zip(things, verbs, strict=True))
@@ -271,15 +269,10 @@ def _distance(
         middle, half = ((1 + RING_HOLE) / 2, (1 - RING_HOLE) / 2) if shape.kind == "ring" else (0, 1)
         from_middle = np.sqrt(x**2 + y**2)
         return (np.abs(from_middle - middle * size) if middle else from_middle) - half * size
-    sides, outside = SIDES[shape.kind]
-    # The outline of a star {5/2} passes a corner's second neighbour, that of a polygon its first.
-    inner = math.cos((outside + 1) * math.pi / sides)
-    first = second = np.float32(-np.inf)
+    sides, farthest = SIDES[shape.kind], np.float32(-np.inf)
     for side in range(sides):
         # One corner points up, except that a square stands on its side.
-        facing = angle + math.pi * ((2 * side + outside + 1) / sides - 0.5 + (shape.kind == "square") / 4)
+        facing = angle + math.pi * ((2 * side + 1) / sides - 0.5 + (shape.kind == "square") / 4)
         facing = facing.astype(np.float32)[:, None, None]
-        beyond = np.cos(facing) * x + np.sin(facing) * y
-        second = np.maximum(second, np.minimum(first, beyond))
-        first = np.maximum(first, beyond)
-    return (second if outside else first) - inner * size
+        farthest = np.maximum(farthest, np.cos(facing) * x + np.sin(facing) * y)
+    return farthest - math.cos(math.pi / sides) * size

@@ -263,7 +263,7 @@ def _turns(kind: str) -> int:
 
 def _drawn(kind: str, turn: int, blur: float) -> Bool[np.ndarray, "S S"]:
     """Outline a kind, turned by so many parts of its symmetry and blurred by so many pixels."""
-    sides = SIDES[kind][0] if kind in SIDES else 1
+    sides = SIDES.get(kind, 1)
     shape = Shape("red", kind, "turns", 0.2, (0.5, 0.5), (0.0, 0.0), 0.0, FPS * 2 * np.pi / sides / _TURNS, 0.0)
     frame = render(Scene("dark", (shape,), 0), turn + 1, _ROWS, _ROWS)[-1].astype(np.float32)
     frame = opencv().GaussianBlur(frame, (0, 0), blur)

@@ -57,10 +57,10 @@ def test_centre_area_and_colour_are_those_that_were_drawn():
 
 
 def test_pictures_of_other_sizes_are_read_alike():
-    scene = Scene("sand", (shape("red", "star"), shape("yellow", "ring", (0.0, 0.0))), 0)
+    scene = Scene("sand", (shape("red", "triangle"), shape("yellow", "ring", (0.0, 0.0))), 0)
     for height in (32, 128):
         reading = read_frame(render(scene, 1, height, height * 3 // 2)[0])
-        assert seen(reading) == {("red", "star"), ("yellow", "ring")}
+        assert seen(reading) == {("red", "triangle"), ("yellow", "ring")}
 
 
 def test_a_kind_that_is_hidden_in_part_is_left_open():
@@ -95,7 +95,7 @@ MOVING = Scene(
     "brown",
     (
         shape("green", "triangle", (0.1, 0.2), motion="bounces", velocity=(0.3, 0.2)),
-        shape("purple", "star", (0.9, 0.5), rate=1.5),
+        shape("purple", "ring", (0.9, 0.5)),
     ),
     0,
 )
@@ -122,7 +122,7 @@ def test_a_video_shows_its_own_scene_and_no_other(moving):
     for colour in set(COLOURS) - {"green", "purple"}:
         verdict = shown(readings, changed(MOVING, 1, colour=colour))
         assert verdict == {"things": False, "colours": False, "kinds": True, "background": True}
-    swapped = changed(changed(MOVING, 0, kind="star"), 1, kind="triangle")
+    swapped = changed(changed(MOVING, 0, kind="ring"), 1, kind="triangle")
     assert shown(readings, swapped) == {"things": False, "colours": True, "kinds": True, "background": True}
     assert not shown(readings, dataclasses.replace(MOVING, background="dark"))["background"]
 
