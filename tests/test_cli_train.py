@@ -17,6 +17,7 @@ from tiny_data import make_tiny_checkpoint
 from rfjax import cli
 from rfjax.data.moving_shapes import MovingShapesConfig, build
 from rfjax.io.checkpoints import load
+from rfjax.io.ownership import owning
 from rfjax.io.video_reader import read_frames
 
 RUN = {
@@ -189,6 +190,16 @@ def test_a_teacher_of_other_sizes_is_named(train, data, tmp_path):
     code, lines = train(values, "--set", f"self_forcing.teacher={tmp_path / 'wide'}")
     assert code == 2
     assert "has transformer.ffn_dim 48, but the generator start has 32" in lines[0]
+
+
+def test_a_folder_in_use_is_refused_and_left_as_it_is(train, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with owning(folder):
+        code, lines = train(RUN | STAGES["causal"] | {"stage": "causal"})
+    assert code == 2
+    assert f"{folder} is in use by process {os.getpid()} on " in lines[-1]
+    assert [path.name for path in folder.iterdir()] == [".rfjax.lock"]
 
 
 def test_a_run_of_other_sizes_is_named(train, tmp_path):
