@@ -202,6 +202,7 @@ def test_a_folder_in_use_is_refused_and_left_as_it_is(train, tmp_path):
     assert [path.name for path in folder.iterdir()] == [".rfjax.lock"]
 
 
+@pytest.mark.slow
 def test_a_run_of_other_sizes_is_named(train, tmp_path):
     import dataclasses
 

@@ -16,6 +16,7 @@ from rfjax.sampling import rollout as module
 
 POLICIES = sorted(memory.POLICIES)
 PRESETS = preset_names("policies")
+QUICK = ("relax_forcing", "self_forcing")
 KEY = jax.random.key(11)
 
 
@@ -23,7 +24,9 @@ def context(batch=1):
     return np.asarray(golden("rollout_dense")["context"])[:batch]
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in POLICIES]
+)
 def test_streaming(tiny_model, name, tmp_path):
     """27 chunks of two samples, with and without another prompt from chunk 24 on: one compilation of the step."""
     policy, shape = memory.create(name), (2, 81, 6, 8, 4)

@@ -93,7 +93,7 @@ def run(model, policy, switches, frames=24, **named):
     return rfjax.rollout(model, policy, context(), (1, frames, 6, 8, 4), key=KEY, switches=switches, **named)
 
 
-@pytest.mark.parametrize("recache", [True, False])
+@pytest.mark.parametrize("recache", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_the_video_changes_from_the_switch_on(tiny_model, recache):
     policy = memory.create("relax_forcing")
     switch = rfjax.Switch(12, context(1), recache=recache)
@@ -129,6 +129,7 @@ def test_a_switch_in_a_continued_video(tiny_model):
     np.testing.assert_allclose(rest.latents, whole.latents, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_new_prompt_where_the_given_part_ends(tiny_model):
     whole = run(tiny_model, longlive(), ())
     switch = rfjax.Switch(12, context(1), recache=False)

@@ -6,6 +6,7 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 
 import rfjax
 from rfjax.commands.plan import SHIPPED
@@ -37,6 +38,7 @@ for call in (
 """
 
 
+@pytest.mark.slow
 def test_64_bit_mode_gives_the_same_video_and_mistakes_are_named(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", SESSION, str(SHIPPED), str(tmp_path / "latents.npy")],

@@ -41,7 +41,7 @@ def test_a_run_that_was_stopped_twice_ends_with_the_same_bits(stage, tmp_path):
     assert_same_bits(whole, learn(config, setup, tmp_path / "parts"))
 
 
-@pytest.mark.parametrize("stage", ["teacher", "self_forcing"])
+@pytest.mark.parametrize("stage", ["teacher", pytest.param("self_forcing", marks=pytest.mark.slow)])
 def test_everybody_whose_turn_it_is_learns(stage, tmp_path):
     config, setup = dataclasses.replace(CONFIGS[stage], steps=2), SETUPS[stage]()
     state = learn(config, setup, tmp_path)

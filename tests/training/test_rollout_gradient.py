@@ -122,7 +122,9 @@ def loss_and_gradient(plan, policy, params, embeds, noise, exit_step):
     return jax.value_and_grad(loss, argnums=(0, 1))(params, embeds)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name if name == "relax" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_is_the_transcription(params, name):
     policy, plan, exit_step = case(name)
     noise, embeds = draws()
@@ -185,6 +187,7 @@ def test_finite_differences(params):
     assert abs(extrapolated(free, together) - size) > 0.02 * size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient_chunks", [1, 3])
 def test_memory_does_not_grow_with_the_chunks(params, gradient_chunks):
     """Eight more chunks keep their latents (outputs, noisy inputs, cotangents and what copies them), nothing else."""

@@ -126,6 +126,7 @@ def vae_params():
     return init_params(vae.WanVAE, VAE, jax.random.key(5))
 
 
+@pytest.mark.slow
 def test_a_longer_rollout_ends_in_a_window_that_begins_with_an_image(vae_params):
     stage = make(window_frames=4)
     latents = jax.random.normal(jax.random.key(6), (2, 6, 4, 4, 2))

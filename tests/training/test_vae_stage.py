@@ -15,6 +15,7 @@ from rfjax.training.setup import prepare
 from rfjax.training.stages.vae import VAEStage
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder_only", [False, True])
 def test_what_learns(decoder_only):
     assert MODEL.vae is not None
