@@ -33,8 +33,10 @@ class DataConfig(_Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(_Config):
-    """AdamW, with the learning rate that it follows."""
+    """The optimizer, with the learning rate that it follows."""
 
+    name: str = "adamw"
+    """`adamw`, or `muon`: Muon for the matrices of the layers, AdamW for all else, at the same learning rate."""
     learning_rate: float = 1e-4
     """Its highest value."""
     schedule: str = "constant"
@@ -42,11 +44,14 @@ class OptimizerConfig(_Config):
     warmup_steps: int | None = None
     """Steps in which the learning rate rises linearly from 0."""
     betas: tuple[float, ...] = (0.9, 0.999)
+    """Of AdamW."""
     weight_decay: float = 0.01
     clip_norm: float | None = None
     """Largest norm of a gradient, all parameters together."""
 
     def __post_init__(self):
+        if self.name not in ("adamw", "muon"):
+            raise UserError(f"optimizer.name is {self.name!r}; adamw or muon is needed")
         if self.schedule not in ("constant", "cosine"):
             raise UserError(f"optimizer.schedule is {self.schedule!r}; constant or cosine is needed")
         if self.learning_rate <= 0:

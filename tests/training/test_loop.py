@@ -8,12 +8,13 @@ from rich.console import Console
 from toy_runs import EXAMPLES, line_setup, run_config, self_forcing_setup, teacher_setup
 
 from rfjax.errors import UserError
-from rfjax.training.config import CheckpointConfig, EMAConfig, MeshConfig
+from rfjax.training.config import CheckpointConfig, EMAConfig, MeshConfig, OptimizerConfig
 from rfjax.training.loop import best_networks, mesh_of, train
 
-SETUPS = {"teacher": teacher_setup, "self_forcing": self_forcing_setup}
+SETUPS = {"teacher": teacher_setup, "muon": teacher_setup, "self_forcing": self_forcing_setup}
 CONFIGS = {
     "teacher": run_config("teacher", ema=EMAConfig(decay=0.5)),
+    "muon": run_config("teacher", optimizer=OptimizerConfig(name="muon", learning_rate=1e-2)),
     "self_forcing": run_config("self_forcing", ema=EMAConfig(decay=0.5, from_step=2)),
 }
 
@@ -30,7 +31,7 @@ def assert_same_bits(a, b):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["teacher", "self_forcing"])
+@pytest.mark.parametrize("stage", ["teacher", "muon", "self_forcing"])
 def test_a_run_that_was_stopped_twice_ends_with_the_same_bits(stage, tmp_path):
     config, setup = CONFIGS[stage], SETUPS[stage]()
     whole = learn(config, setup, tmp_path / "whole")

@@ -1,9 +1,12 @@
+import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rfjax.errors import UserError
 from rfjax.training.config import OptimizerConfig
 from rfjax.training.optimizer import learning_rate, make_optimizer
 
@@ -36,3 +39,38 @@ def test_adamw_by_hand():
     moved = weight["w"] + jnp.asarray(changes["w"])
     expected = np.array([3.0, -1.0]) - 0.1 * (np.array([1.0, 1.0]) + 0.01 * np.array([3.0, -1.0]))
     np.testing.assert_allclose(moved, expected, rtol=1e-5)
+
+
+def test_muon_orthogonalises_the_layers_matrices_and_leaves_the_rest_to_adamw():
+    rng = np.random.default_rng(0)
+    config = OptimizerConfig(name="muon", learning_rate=0.1, betas=(0.0, 0.9), weight_decay=0.01)
+
+    def drawn() -> Any:
+        shapes = {"blocks": {"ffn": {"kernel": (2, 8, 32), "bias": (2, 32)}}, "head": {"kernel": (8, 4)}}
+        return jax.tree.map(
+            lambda shape: jnp.asarray(rng.normal(size=shape)), shapes, is_leaf=lambda x: type(x) is tuple
+        )
+
+    weights, gradient = drawn(), drawn()
+    optimizer = make_optimizer(config, 10)
+    changes: Any
+    changes, _ = optimizer.update(gradient, optimizer.init(weights), weights)
+    adamw: Any
+    plain = make_optimizer(dataclasses.replace(config, name="adamw"), 10)
+    adamw, _ = plain.update(gradient, plain.init(weights), weights)
+    np.testing.assert_allclose(changes["blocks"]["ffn"]["bias"], adamw["blocks"]["ffn"]["bias"], rtol=1e-5)
+    np.testing.assert_allclose(changes["head"]["kernel"], adamw["head"]["kernel"], rtol=1e-5)
+    for layer in range(2):
+        matrix = weights["blocks"]["ffn"]["kernel"][layer]
+        step = -(np.asarray(changes["blocks"]["ffn"]["kernel"][layer]) / 0.1 + 0.01 * np.asarray(matrix))
+        # 0.2 of AdamW's root mean square: an orthogonal matrix of 8 rows and 32 columns times 0.2 sqrt(32).
+        singular = np.linalg.svd(step / (0.2 * np.sqrt(32)), compute_uv=False)
+        assert singular.min() > 0.6
+        assert singular.max() < 1.3
+        ours, _, theirs = np.linalg.svd(np.asarray(gradient["blocks"]["ffn"]["kernel"][layer]), full_matrices=False)
+        assert np.sum(step * (ours @ theirs)) > 0.95 * np.linalg.norm(step) * np.linalg.norm(ours @ theirs)
+
+
+def test_unknown_optimizer_is_refused():
+    with pytest.raises(UserError, match=r"optimizer\.name is 'lion'; adamw or muon is needed"):
+        OptimizerConfig(name="lion")
