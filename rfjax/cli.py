@@ -6,10 +6,12 @@ JAX is imported only when a command runs, so that help is quick.
 """
 
 import argparse
+import hashlib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from rfjax.commands.interruptions import Terminated, termination_raises
@@ -87,6 +89,22 @@ def _name(flag: str) -> str:
     return flag.partition("=")[0]
 
 
+def _keep_compiled_programs() -> None:
+    """Let JAX keep what it compiles in the user's cache folder, unless its own settings say where, or not to.
+
+    Programs for a CPU suit its model alone, so each model of CPU has a folder.
+    """
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = hashlib.sha256("".join(sorted({line for line in lines if line.startswith(("model", "flags"))})).encode())
+        folder = cache / "rfjax" / "compiled" / cpu.hexdigest()[:12]
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home, no right to write there, or no Linux: compile each time
+        return
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+
+
 def _refuse(unknown: Sequence[str], flags: Sequence[str]) -> None:
     if unknown:
         raise UserError(f"unknown argument {unknown[0]!r}{nearest(_name(unknown[0]), flags)}")
@@ -106,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> int:
     try:
         args = _parse(argv)
+        _keep_compiled_programs()
         with termination_raises():
             args.run(args)
     except UserError as error:

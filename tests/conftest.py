@@ -1,6 +1,7 @@
 """Golden checkpoints, converted once a session by the project's own converter."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import pytest
 from checkpoints_convert.convert import convert
 from rfjax.config import load_model_config
 from rfjax.io.checkpoints import load
+
+# Every process that a test starts compiles for itself, and nobody's cache folder is touched.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 GOLDEN = Path(__file__).parent / "golden"
 

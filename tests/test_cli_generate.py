@@ -23,6 +23,7 @@ from rfjax.commands.plan import make_plan
 from rfjax.config import load_model_config
 from rfjax.errors import UserError
 from rfjax.io.checkpoints import load, parameter_trees, save
+from rfjax.io.ownership import owning
 from rfjax.io.video import VideoWriter, read_video
 from rfjax.memory import create
 from rfjax.sampling.codec import encode_prompt
@@ -469,3 +470,27 @@ def test_help_does_not_import_jax():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert "--prompt-file" in done.stdout
+
+
+@pytest.mark.slow
+def test_compiled_programs_are_kept_for_the_next_process(checkpoint, tmp_path):
+    command = [sys.executable, "-m", "rfjax.cli", "generate", "--checkpoint", str(checkpoint), "--prompt", "a cat"]
+    command += ["--latent-frames", "3", "--overwrite", "--output", str(tmp_path / "o")]
+    kept = {}
+    for name, own in (("default", {}), ("said", {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "elsewhere")})):
+        environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / name), "JAX_ENABLE_COMPILATION_CACHE": "true"}
+        environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | own  # JAX's default is a second
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=240)
+        kept[name] = [path.name for path in (tmp_path / name).rglob("jit_*")]
+    assert kept["default"]
+    assert not kept["said"]
+    assert list((tmp_path / "elsewhere").glob("jit_*"))
+
+
+def test_a_folder_in_use_is_refused_with_its_owner(generate, tmp_path):
+    (tmp_path / "outputs").mkdir()
+    with owning(tmp_path / "outputs"):
+        code, _, err = generate("--prompt", "a cat")
+    assert code == 2
+    assert re.search(rf"outputs is in use by process {os.getpid()} on \S+; wait for its end, or choose", err[0])
+    assert names("outputs") == set()

@@ -37,6 +37,14 @@ def setting(text: str) -> tuple[str, str]:
     return key, value
 
 
+def mesh(text: str) -> int:
+    """Read `data=N`: how many devices share the videos of a batch."""
+    axis, _, size = text.partition("=")
+    if axis != "data":
+        raise argparse.ArgumentTypeError(f"{text!r} is not data=N; videos are divided among devices, nothing else yet")
+    return whole(1)(size)
+
+
 def add_settings(parser: argparse._ActionsContainer, what: str) -> None:
     """Declare `--set KEY=VALUE`, which may be repeated."""
     parser.add_argument(

@@ -4,7 +4,7 @@ import argparse
 import math
 from pathlib import Path
 
-from rfjax.commands.flags import add_batch_size, add_dtype, add_settings, number, whole
+from rfjax.commands.flags import add_batch_size, add_dtype, add_settings, mesh, number, whole
 from rfjax.commands.prompt_schedule import read_schedule
 from rfjax.errors import UserError
 from rfjax.io.prompts import has_word, read_prompt_file
@@ -80,7 +80,13 @@ def _add_how(how: argparse._ArgumentGroup) -> None:
         help="chunk: one chunk after the other; rolling: as many chunks as denoising steps together, at rising noise "
         "levels (Rolling Forcing; default: chunk)",
     )
-    add_batch_size(how, "videos made together", default=1)
+    add_batch_size(how, "videos made together on each device", default=1)
+    how.add_argument(
+        "--mesh",
+        metavar="data=N",
+        type=mesh,
+        help="devices that share the videos to be made (default: all that this machine has)",
+    )
     add_dtype(how)
 
 

@@ -20,9 +20,11 @@ from rfjax.commands.prompt_schedule import ScheduledPrompt
 from rfjax.commands.records import write_records
 from rfjax.io import outputs
 from rfjax.io.checkpoints import TOKENIZER, load
+from rfjax.io.ownership import owning
 from rfjax.io.video import VideoWriter
 from rfjax.models.model import Model
 from rfjax.models.tokenizer import Tokenizer
+from rfjax.parallel.samples import data_parallel
 from rfjax.sampling import rolling
 from rfjax.sampling.budget import GB, Budget, check_fits, device_limit, estimate, needs, out_of_memory_says
 from rfjax.sampling.codec import encode_prompt
@@ -67,9 +69,12 @@ def generate(args: argparse.Namespace, prompts: list[str], schedule: list[Schedu
     check_prompts(plan, [job.prompt for job in plan.missing] + [entry.prompt for entry in plan.schedule.values()])
     with out_of_memory_says(needs(budget, limit)):
         model = load(plan.checkpoint, dtype=plan.settings["dtype"])
+        if plan.devices > 1:
+            model = data_parallel(model, jax.local_devices()[: plan.devices])
         outputs.make_folder(plan.output)
-        outputs.remove_stale(plan.output)
-        _make_all(plan, budget, model, console)
+        with owning(plan.output):
+            outputs.remove_stale(plan.output)
+            _make_all(plan, budget, model, console)
     made = plan.missing[0].video if len(plan.missing) == 1 else f"{len(plan.missing)} videos"
     console.print(f"{made} in {plan.output}")
 
@@ -97,10 +102,11 @@ def _introduction(plan: Plan, budget: Budget, limit: int | None) -> list[str]:
     """Say what is about to be computed; the first line has device, model, policy, attended frames and memory."""
     settings = plan.settings
     there = "" if limit is None else f" of {gb(limit)}"
+    each = ", on each device" if plan.devices > 1 else ""
     lines = [
-        f"{device_name()}: {plan.checkpoint.name} ({short_count(budget.parameters)} parameters, {settings['dtype']}), "
-        f"{plan.policy.name} attending to {budget.attended_frames} latent frames, memory {gb(budget.memory)} GB "
-        f"({gb(budget.total)}{there} GB in all)"
+        f"{device_name(plan.devices)}: {plan.checkpoint.name} ({short_count(budget.parameters)} parameters, "
+        f"{settings['dtype']}), {plan.policy.name} attending to {budget.attended_frames} latent frames, "
+        f"memory {gb(budget.memory)} GB ({gb(budget.total)}{there} GB in all{each})"
     ]
     if plan.config.description:
         lines.append(f"note: {plan.config.description}")
@@ -134,10 +140,11 @@ def _size(plan: Plan) -> str:
     )
 
 
-def device_name() -> str:
-    """Return what the first line of a run says of the device."""
+def device_name(count: int = 1) -> str:
+    """Return what the first line of a run says of its devices, which are alike."""
     device = jax.devices()[0]
-    return f"CPU ({os.cpu_count()} cores)" if device.platform == "cpu" else device.device_kind
+    name = f"CPU ({os.cpu_count()} cores)" if device.platform == "cpu" else device.device_kind
+    return name if count == 1 else f"{count} x {name}"
 
 
 def gb(size: int) -> str:

@@ -56,12 +56,15 @@ class Plan:
     schedule: dict[int, ScheduledPrompt]
     """Prompts that take over in the video, by the latent frame from which they hold."""
 
+    devices: int = 1
+    """How many devices share each batch."""
+
     @property
     def video(self) -> VideoShape:
-        """Sizes of a batch."""
+        """Sizes of a device's part of a batch."""
         factor = self.vae.spatial_factor
         return VideoShape(
-            batch=len(self.batches[0]) if self.batches else 1,
+            batch=len(self.batches[0]) // self.devices if self.batches else 1,
             latent_frames=self.settings["latent_frames"],
             latent_height=self.settings["height"] // factor,
             latent_width=self.settings["width"] // factor,
@@ -139,6 +142,7 @@ def make_plan(args: argparse.Namespace, prompts: list[str], schedule: list[Sched
         outputs.check_settings(args.output, settings)
     missing = [job for job in asked if args.overwrite or kind_of(args.output / job.video, "the video") == "missing"]
     kept = set(asked) - set(missing)
+    devices = max(1, min(_devices(args), len(missing)))
     return Plan(
         checkpoint=checkpoint,
         config=config,
@@ -148,12 +152,29 @@ def make_plan(args: argparse.Namespace, prompts: list[str], schedule: list[Sched
         asked=asked,
         missing=missing,
         unrecorded=sorted(job.video for job in kept if job.video not in recorded),
-        batches=batches(missing, args.batch_size),
+        batches=batches(missing, args.batch_size, devices),
         output=args.output,
         asked_seconds=seconds,
         sampler=args.sampler,
         schedule=starts,
+        devices=devices,
     )
+
+
+def _devices(args: argparse.Namespace) -> int:
+    """Return how many devices may share a batch: those that `--mesh` names, or all where the sampler can use them.
+
+    Raises:
+        UserError: there are not so many, or the sampler runs on one.
+    """
+    there, asked = jax.local_device_count(), args.mesh
+    if asked is None:
+        return 1 if args.sampler == "rolling" else there
+    if asked > there:
+        raise UserError(f"--mesh is data={asked}, but there are {there} devices; data=1 to data={there} would do")
+    if asked > 1 and args.sampler == "rolling":
+        raise UserError(f"--mesh data={asked} does not go with --sampler rolling, which runs on one device; use chunk")
+    return asked
 
 
 def read_config(checkpoint: Path) -> tuple[ModelConfig, VAEConfig]:

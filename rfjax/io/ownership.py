@@ -20,17 +20,32 @@ def owning(folder: Path) -> Iterator[None]:
         UserError: another process has the folder; the message names its host and number.
     """
     path = folder / _LOCK
+    descriptor = _own(path)
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-    try:
-        _lock(descriptor, folder)
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
     finally:
+        path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def _own(path: Path) -> int:
+    """Open the lock file and lock it."""
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from None
+        try:
+            _lock(descriptor, path.parent)
+        except UserError:
+            os.close(descriptor)
+            raise
+        with contextlib.suppress(OSError):
+            if os.path.samestat(path.stat(), os.fstat(descriptor)):
+                return descriptor
+        os.close(descriptor)  # its last owner has removed the file, and another process may have made a new one
 
 
 def _lock(descriptor: int, folder: Path) -> None:

@@ -140,7 +140,7 @@ def _splash(q, k, v, kv_length):
     """The TPU kernel; XLA cannot divide one, so under a mesh each device is told to run it on its part of the batch."""
     batch, mesh = q.shape[0], jax.sharding.get_abstract_mesh()
     length = jnp.full((batch,), k.shape[1], jnp.int32) if kv_length is None else kv_length
-    if mesh.empty:
+    if mesh.empty or mesh.are_all_axes_manual:  # a device's own part already
         return _splash_on_one_device(q, k, v, length)
     spec = PartitionSpec(mesh.axis_names if batch % mesh.size == 0 else None)
     divided = jax.shard_map(_splash_on_one_device, in_specs=spec, out_specs=spec, check_vma=False)

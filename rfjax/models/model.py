@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import DTypeLike
 
 from rfjax.config import ModelConfig
@@ -24,3 +25,5 @@ class Model:
     tokenizer: Tokenizer | None = None
     dtype: DTypeLike = jnp.float32
     """Type of the parameters and of the networks' computation."""
+    mesh: Mesh | None = None
+    """Devices that share the samples of a batch (`rfjax.data_parallel`); None is one device."""

@@ -29,15 +29,20 @@ def expand(prompts: Sequence[str], samples: int) -> list[Job]:
     return [Job(prompt, sample) for prompt in dict.fromkeys(prompts) for sample in range(samples)]
 
 
-def batches(items: Sequence[Item], batch_size: int) -> list[list[Item]]:
-    """Split jobs, or whatever is made together, into the fewest batches of at most `batch_size`, as equal as can be.
+def batches(items: Sequence[Item], batch_size: int, devices: int = 1) -> list[list[Item]]:
+    """Split jobs, or whatever is made together, into the fewest batches, as equal as can be.
 
     Since a program is compiled for one batch size, all batches have the same: the last is filled up by repeating its
-    last item, at most once less often than there are batches.
+    last item.
+
+    Args:
+        items: to be split.
+        batch_size: the most items that a device works on together.
+        devices: that share each batch; its size is a multiple of their number.
     """
     if not items:
         return []
-    count = math.ceil(len(items) / batch_size)
-    size = math.ceil(len(items) / count)
+    count = math.ceil(len(items) / (batch_size * devices))
+    size = math.ceil(len(items) / (count * devices)) * devices
     filled = [*items, *[items[-1]] * (count * size - len(items))]
     return [filled[i : i + size] for i in range(0, len(filled), size)]

@@ -9,6 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, UInt8
 
 from rfjax.config import VAEConfig
@@ -17,6 +18,7 @@ from rfjax.memory import MemoryPolicy, Trace
 from rfjax.models.functional import Params
 from rfjax.models.model import Model
 from rfjax.models.vae import DecoderCache, decode_first, decode_init, decode_next
+from rfjax.parallel.samples import divided
 from rfjax.sampling import rolling
 from rfjax.sampling.codec import to_bytes, vae_of
 from rfjax.sampling.rollout import Chunk, stream
@@ -90,11 +92,11 @@ def decode_stream(model: Model, chunks: Iterable[Chunk], shape: tuple[int, ...])
     """
     vae_config, vae_params = vae_of(model)
     total = shape[1] // model.config.chunk_frames
-    cache = decode_init(vae_config, model.dtype, shape[0], *shape[2:4])
+    cache = _decode_init(vae_config, jnp.dtype(model.dtype), shape[0], *shape[2:4], model.mesh)
     since = time.perf_counter()
     waiting: tuple[int, Chunk, list[Array]] | None = None
     for index, chunk in enumerate(chunks):
-        cache, frames = _decode_chunk(vae_config, vae_params, cache, chunk.latents, first=index == 0)
+        cache, frames = _decode_chunk(vae_config, vae_params, cache, chunk.latents, model.mesh, first=index == 0)
         if waiting is not None:
             done, since = _fetch(*waiting, total, since)
             yield done
@@ -104,13 +106,19 @@ def decode_stream(model: Model, chunks: Iterable[Chunk], shape: tuple[int, ...])
 
 
 def _decode_chunk(
-    config: VAEConfig, params: Params, cache: DecoderCache, latents: Float[Array, "B n H W C"], *, first: bool
+    config: VAEConfig,
+    params: Params,
+    cache: DecoderCache,
+    latents: Float[Array, "B n H W C"],
+    mesh: Mesh | None,
+    *,
+    first: bool,
 ) -> tuple[DecoderCache, list[Array]]:
     """Dispatch the decoding of a chunk frame by frame: two small programs serve chunks of any place and length."""
     frames = []
     for i in range(latents.shape[1]):
         decode = _decode_first if first and i == 0 else _decode_next
-        cache, pixels = decode(config, params, cache, latents[:, i : i + 1])
+        cache, pixels = decode(config, params, cache, latents[:, i : i + 1], mesh)
         frames.append(pixels)
     return cache, frames
 
@@ -130,13 +138,25 @@ def _fetch(index: int, chunk: Chunk, frames: list[Array], total: int, since: flo
     return VideoChunk(pixels, jax.device_get(chunk.trace), now - since), now
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def _decode_first(config, params, cache, latent):
-    cache, video = decode_first(config, params, cache, latent)
-    return cache, to_bytes(video)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+def _decode_init(config, dtype, batch, height, width, mesh):
+    devices = 1 if mesh is None else mesh.size
+    return divided(lambda: decode_init(config, dtype, batch // devices, height, width), mesh, (), 0)()
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def _decode_next(config, params, cache, latent):
-    cache, video = decode_next(config, params, cache, latent)
-    return cache, to_bytes(video)
+@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames="cache")
+def _decode_first(config, params, cache, latent, mesh=None):
+    return _decode(decode_first, config, params, cache, latent, mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames="cache")
+def _decode_next(config, params, cache, latent, mesh=None):
+    return _decode(decode_next, config, params, cache, latent, mesh)
+
+
+def _decode(decode, config, params, cache, latent, mesh):
+    def one(params, cache, latent):
+        cache, video = decode(config, params, cache, latent)
+        return cache, to_bytes(video)
+
+    return divided(one, mesh, (None, 0, 0), (0, 0))(params, cache, latent)

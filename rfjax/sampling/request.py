@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from rfjax.config import ModelConfig
@@ -14,6 +15,7 @@ from rfjax.memory import MemoryPolicy
 from rfjax.memory.check import check_policy
 from rfjax.models.functional import AnyArray
 from rfjax.models.model import Model
+from rfjax.parallel.samples import spread
 from rfjax.pytree import pytree
 from rfjax.sampling.state import memory_shape
 from rfjax.sampling.switching import WINDOW_CHUNKS, Switch
@@ -114,6 +116,11 @@ def request_of(
     _check_switches(config, switches, shape, given)
     recent = WINDOW_CHUNKS * config.chunk_frames if any(switch.recache for switch in switches) else 0
     return Sizes(tuple(shape), given, config.chunk_frames, recent), ChunkNoise(keys, initial, later_noise)
+
+
+def spread_noise(noise: ChunkNoise, mesh: Mesh | None) -> ChunkNoise:
+    """Give every device of a `data_parallel` model its samples' part of a rollout's noise."""
+    return ChunkNoise(spread(noise.keys, mesh), spread(noise.initial, mesh, 1), spread(noise.renoise, mesh, 2))
 
 
 def check_memory(model: Model, policy: MemoryPolicy, sizes: Sizes) -> None:

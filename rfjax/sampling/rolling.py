@@ -255,9 +255,10 @@ def rollout(
         initial_latents: refused, since there is no published rule for continuing a video.
 
     Raises:
-        UserError: shapes that do not fit the model or each other, noise to draw and no key, or given latents.
+        UserError: shapes that do not fit the model or each other, noise to draw and no key, given latents, or a
+            `data_parallel` model.
     """
-    sizes, drawn = _request_of(model.config, prompt_embeds, noise, renoise, key, initial_latents)
+    sizes, drawn = _request_of(model, prompt_embeds, noise, renoise, key, initial_latents)
     check_memory(model, policy, sizes)
     shared, state, window = _begin(model, policy, prompt_embeds, sizes)
     before = len(model.config.denoising_steps) - 1
@@ -291,7 +292,7 @@ def stream(
     for. With `noise` a shape, memory does not grow with the length of the video. Arguments and errors are those of
     `rollout`.
     """
-    sizes, drawn = _request_of(model.config, prompt_embeds, noise, renoise, key, initial_latents)
+    sizes, drawn = _request_of(model, prompt_embeds, noise, renoise, key, initial_latents)
     check_memory(model, policy, sizes)
     return _stream(model, policy, prompt_embeds, sizes, drawn)
 
@@ -311,10 +312,12 @@ def _begin(model, policy, prompt_embeds, sizes):
     return (model.config, sizes.frame_size, policy, model.transformer, text), state, window
 
 
-def _request_of(config, prompt_embeds, noise, renoise, key, initial_latents):
+def _request_of(model, prompt_embeds, noise, renoise, key, initial_latents):
+    if model.mesh is not None:
+        raise UserError("the rolling sampler runs on one device; pass the model as rfjax.load returned it")
     if initial_latents is not None:
         raise UserError(
             f"initial_latents has {initial_latents.shape[1]} frames, but the rolling sampler has no published rule for "
             "continuing a video; leave them out, or use rfjax.rollout"
         )
-    return request_of(config, prompt_embeds, noise, renoise, key, None)
+    return request_of(model.config, prompt_embeds, noise, renoise, key, None)

@@ -20,10 +20,11 @@ from rfjax.memory import CleanChunk, MemoryPolicy, Trace
 from rfjax.models.functional import AnyArray, Params, bind
 from rfjax.models.model import Model
 from rfjax.models.transformer import TextContext, WanTransformer
+from rfjax.parallel.samples import check_samples, divided, spread
 from rfjax.pytree import pytree
 from rfjax.sampling.passes import ChunkPasses, passes_over
-from rfjax.sampling.request import ChunkNoise, Sizes, check_memory, chunks_of, draw_noise, request_of
-from rfjax.sampling.state import RolloutState, empty_state, memory_shape, read_memory
+from rfjax.sampling.request import ChunkNoise, Sizes, check_memory, chunks_of, draw_noise, request_of, spread_noise
+from rfjax.sampling.state import TEXT_AXIS, RolloutState, empty_state, memory_shape, read_memory, state_axes
 from rfjax.sampling.switching import Switch, recached_frames, switch_prompt
 
 
@@ -113,42 +114,69 @@ def encode_text(config: ModelConfig, params: Params, prompt_embeds: Float[Array,
     return bind(WanTransformer, config.transformer, params).embed_text(prompt_embeds)
 
 
-step = jax.jit(chunk_step, static_argnames=("config", "frame_size"), donate_argnames="state")
-"""`chunk_step`, compiled; the state given is consumed."""
+@functools.partial(jax.jit, static_argnames=("config", "frame_size", "mesh"), donate_argnames="state")
+def step(config, frame_size, policy, params, text, state, noise, mesh=None):
+    """`chunk_step`, compiled, for the samples of each device of the mesh; the state given is consumed."""
 
-_remember = jax.jit(remember, static_argnames=("config", "frame_size"), donate_argnames="state")
+    def one(policy, params, text, state, *noise):
+        return chunk_step(config, frame_size, policy, params, text, state, ChunkNoise(*noise))
+
+    states = state_axes(mesh, config, frame_size, policy)
+    run = divided(one, mesh, (None, None, TEXT_AXIS, states, 0, 0, 1), (states, 0))
+    return run(policy, params, text, state, noise.keys, noise.initial, noise.renoise)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sizes", "dtype"))
-def _begin(config, sizes, dtype, policy, params, prompt_embeds):
+@functools.partial(jax.jit, static_argnames=("config", "frame_size", "mesh"), donate_argnames="state")
+def _remember(config, frame_size, policy, params, text, state, latents, mesh=None):
+    states = state_axes(mesh, config, frame_size, policy)
+    run = divided(functools.partial(remember, config, frame_size), mesh, (None, None, TEXT_AXIS, states, 0), states)
+    return run(policy, params, text, state, latents)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sizes", "dtype", "mesh"))
+def _begin(config, sizes, dtype, policy, params, prompt_embeds, mesh=None):
     # The state comes out of one program with the text, so that it lies where the parameters lie from the first step on.
-    text = encode_text(config, params, prompt_embeds)
-    shape = memory_shape(config, prompt_embeds.shape[0], sizes.frame_size)
-    return text, empty_state(policy, shape, sizes.video_frames, dtype, sizes.generated[2:], sizes.recent_frames)
+    def begin(policy, params, prompt_embeds):
+        text = encode_text(config, params, prompt_embeds)
+        shape = memory_shape(config, prompt_embeds.shape[0], sizes.frame_size)
+        return text, empty_state(policy, shape, sizes.video_frames, dtype, sizes.generated[2:], sizes.recent_frames)
+
+    states = state_axes(mesh, config, sizes.frame_size, policy)
+    return divided(begin, mesh, (None, None, 0), (TEXT_AXIS, states))(policy, params, prompt_embeds)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sizes", "dtype", "chunks"))
-def _whole(config, sizes, dtype, policy, params, prompt_embeds, given, noise, chunks):
+@functools.partial(jax.jit, static_argnames=("config", "sizes", "dtype", "chunks", "mesh"))
+def _whole(config, sizes, dtype, policy, params, prompt_embeds, given, noise, chunks, mesh=None):
     """Take in the given chunks [G, B, n, ...] and generate `chunks` others, as one program."""
-    text, state = _begin(config, sizes, dtype, policy, params, prompt_embeds)
 
-    def take_in(state, latents):
-        return remember(config, sizes.frame_size, policy, params, text, state, latents), None
+    def whole(policy, params, prompt_embeds, given, *noise):
+        text, state = _begin(config, sizes, dtype, policy, params, prompt_embeds)
 
-    if given is not None:
-        state, _ = jax.lax.scan(take_in, state, given)
-    return _generate(config, sizes.frame_size, policy, params, text, state, noise, chunks)
+        def take_in(state, latents):
+            return remember(config, sizes.frame_size, policy, params, text, state, latents), None
+
+        if given is not None:
+            state, _ = jax.lax.scan(take_in, state, given)
+        return _generate(config, sizes.frame_size, policy, params, text, state, ChunkNoise(*noise), chunks)
+
+    states = state_axes(mesh, config, sizes.frame_size, policy)
+    run = divided(whole, mesh, (None, None, 0, 1, 0, 1, 2), (states, 1))
+    return run(policy, params, prompt_embeds, given, noise.keys, noise.initial, noise.renoise)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "frame_size", "chunks"), donate_argnames="state")
-def _generate(config, frame_size, policy, params, text, state, noise, chunks):
+@functools.partial(jax.jit, static_argnames=("config", "frame_size", "chunks", "mesh"), donate_argnames="state")
+def _generate(config, frame_size, policy, params, text, state, noise, chunks, mesh=None):
     """Generate the next chunks, as one program; the state given is consumed."""
 
-    def generate(state, noise_of_chunk):
-        own = dataclasses.replace(noise, initial=noise_of_chunk[0], renoise=noise_of_chunk[1])
-        return chunk_step(config, frame_size, policy, params, text, state, own)
+    def generate(policy, params, text, state, keys, *noise):
+        def one(state, noise_of_chunk):
+            return chunk_step(config, frame_size, policy, params, text, state, ChunkNoise(keys, *noise_of_chunk))
 
-    return jax.lax.scan(generate, state, (noise.initial, noise.renoise), length=chunks)
+        return jax.lax.scan(one, state, noise, length=chunks)
+
+    states = state_axes(mesh, config, frame_size, policy)
+    run = divided(generate, mesh, (None, None, TEXT_AXIS, states, 0, 1, 2), (states, 1))
+    return run(policy, params, text, state, noise.keys, noise.initial, noise.renoise)
 
 
 def rollout(
@@ -176,21 +204,24 @@ def rollout(
         switches: changes of prompt, in the order of time.
 
     Raises:
-        UserError: shapes that do not fit the model or each other, noise to draw and no key, or switches out of order.
+        UserError: shapes that do not fit the model or each other, noise to draw and no key, switches out of order, or
+            samples that do not divide among the devices of a `data_parallel` model.
     """
     switches = tuple(switches)
+    check_samples(prompt_embeds.shape[0], model.mesh)
     sizes, drawn = request_of(model.config, prompt_embeds, noise, renoise, key, initial_latents, switches)
     check_memory(model, policy, sizes)
-    config, frame_size, params = model.config, sizes.frame_size, model.transformer
+    config, frame_size, params, mesh = model.config, sizes.frame_size, model.transformer, model.mesh
     given = None if initial_latents is None else chunks_of(initial_latents, config.chunk_frames).astype(jnp.float32)
-    dtype, embeds = jnp.dtype(model.dtype), jnp.asarray(prompt_embeds)
+    given, embeds = spread(given, mesh, 1), spread(jnp.asarray(prompt_embeds), mesh)
+    dtype, drawn = jnp.dtype(model.dtype), spread_noise(drawn, mesh)
     ends = [sizes.chunk_at(switch.start) for switch in switches] + [sizes.chunks]
-    state, chunks = _whole(config, sizes, dtype, policy, params, embeds, given, drawn.part(0, ends[0]), ends[0])
+    state, chunks = _whole(config, sizes, dtype, policy, params, embeds, given, drawn.part(0, ends[0]), ends[0], mesh)
     parts = [chunks]
     for switch, begin, end in zip(switches, ends, ends[1:], strict=False):
         text, state = _switched(model, policy, sizes, switch, state)
         own = drawn.part(begin, end)
-        state, chunks = _generate(config, frame_size, policy, params, text, state, own, end - begin)
+        state, chunks = _generate(config, frame_size, policy, params, text, state, own, end - begin, mesh)
         parts.append(chunks)
     chunks = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts) if switches else chunks
     latents = jnp.moveaxis(chunks.latents, 0, 1).reshape(sizes.generated)
@@ -217,6 +248,7 @@ def stream(
     of `rollout`.
     """
     switches = tuple(switches)
+    check_samples(prompt_embeds.shape[0], model.mesh)
     sizes, drawn = request_of(model.config, prompt_embeds, noise, renoise, key, initial_latents, switches)
     check_memory(model, policy, sizes)
     return _stream(model, policy, prompt_embeds, sizes, drawn, initial_latents, switches)
@@ -224,26 +256,28 @@ def stream(
 
 def _stream(model, policy, prompt_embeds, sizes, noise, initial_latents, switches):
     text, state = begin(model, policy, prompt_embeds, sizes)
-    shared = (model.config, sizes.frame_size, policy, model.transformer)
+    shared, mesh = (model.config, sizes.frame_size, policy, model.transformer), model.mesh
+    noise = spread_noise(noise, mesh)
     for latents in () if initial_latents is None else chunks_of(initial_latents, model.config.chunk_frames):
-        state = _remember(*shared, text, state, latents.astype(jnp.float32))
+        state = _remember(*shared, text, state, spread(latents.astype(jnp.float32), mesh), mesh)
     due = {sizes.chunk_at(switch.start): switch for switch in switches}
     for index in range(sizes.chunks):
         if index in due:
             text, state = _switched(model, policy, sizes, due[index], state)
-        state, chunk = step(*shared, text, state, noise.at(index))
+        state, chunk = step(*shared, text, state, noise.at(index), mesh)
         yield chunk
 
 
 def _switched(model, policy, sizes, switch, state):
     """Return the text and the state after a change of prompt."""
     frames = recached_frames(switch.start, model.config.chunk_frames) if switch.recache else 0
-    embeds = jnp.asarray(switch.prompt_embeds)
-    return switch_prompt(model.config, sizes.frame_size, frames, switch.cut, policy, model.transformer, embeds, state)
+    embeds, kind = spread(jnp.asarray(switch.prompt_embeds), model.mesh), (frames, switch.cut)
+    return switch_prompt(model.config, sizes.frame_size, *kind, policy, model.transformer, embeds, state, model.mesh)
 
 
 def begin(
     model: Model, policy: MemoryPolicy, prompt_embeds: Float[AnyArray, "B T D"], sizes: Sizes
 ) -> tuple[TextContext, RolloutState]:
     """Return the prompts' cross-attention context and the empty state of a rollout."""
-    return _begin(model.config, sizes, jnp.dtype(model.dtype), policy, model.transformer, jnp.asarray(prompt_embeds))
+    embeds = spread(jnp.asarray(prompt_embeds), model.mesh)
+    return _begin(model.config, sizes, jnp.dtype(model.dtype), policy, model.transformer, embeds, model.mesh)

@@ -4,12 +4,19 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from rfjax.config import ModelConfig
 from rfjax.memory import MemoryPolicy, MemoryShape, View
 from rfjax.models.transformer import AttendedMemory, rotate_memory
+from rfjax.parallel.samples import Axes, sample_axes
 from rfjax.pytree import pytree
+
+TEXT_AXIS = 1
+"""Of a `TextContext`'s arrays, the axis that counts samples."""
+_MANY_CHUNKS = 64
+"""A video as long as any that a policy may refuse as too short for it; no array is made."""
 
 
 @pytree()
@@ -48,6 +55,21 @@ def empty_state(
     none = jnp.zeros(shape.batch, jnp.int32)
     recent = jnp.zeros((shape.batch, recent_frames, *latent_shape), jnp.float32)
     return RolloutState(policy.init(shape, video_frames, dtype), none, none, recent)
+
+
+def state_axes(mesh: Mesh | None, config: ModelConfig, frame_size: tuple[int, int], policy: MemoryPolicy) -> Axes:
+    """Return, for `rfjax.parallel.samples.divided`, which axis of each of the state's arrays counts samples.
+
+    Without a mesh nobody asks; the answer is None then.
+    """
+    if mesh is None:
+        return None
+
+    def make(samples: int) -> RolloutState:
+        shape = memory_shape(config, samples, frame_size)
+        return empty_state(policy, shape, _MANY_CHUNKS * config.chunk_frames, jnp.float32, (*frame_size, 1))
+
+    return sample_axes(make)
 
 
 def read_memory(policy: MemoryPolicy, state: RolloutState) -> View:

@@ -13,13 +13,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from rfjax.config import ModelConfig
 from rfjax.memory import BLEND, CleanChunk, MemoryPolicy, View
 from rfjax.models.functional import AnyArray, Params, bind
 from rfjax.models.transformer import AttendedMemory, TextContext, WanTransformer
-from rfjax.sampling.state import RolloutState, attend, read_memory
+from rfjax.parallel.samples import divided
+from rfjax.sampling.state import TEXT_AXIS, RolloutState, attend, read_memory, state_axes
 
 WINDOW_CHUNKS = 4
 """Chunks of LongLive's window, own chunk included: videos up to here are renewed whole, and one chunk less of longer
@@ -48,7 +50,7 @@ def recached_frames(start: int, chunk_frames: int) -> int:
     return start if start <= WINDOW_CHUNKS * chunk_frames else (WINDOW_CHUNKS - 1) * chunk_frames
 
 
-@functools.partial(jax.jit, static_argnames=("config", "frame_size", "frames", "cut"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("config", "frame_size", "frames", "cut", "mesh"), donate_argnames="state")
 def switch_prompt(
     config: ModelConfig,
     frame_size: tuple[int, int],
@@ -58,6 +60,7 @@ def switch_prompt(
     params: Params,
     prompt_embeds: Float[Array, "B T D"],
     state: RolloutState,
+    mesh: Mesh | None = None,
 ) -> tuple[TextContext, RolloutState]:
     """Return the new prompt's context and the state with its `frames` newest frames renewed; the old one is consumed.
 
@@ -70,14 +73,22 @@ def switch_prompt(
         params: of the transformer.
         prompt_embeds: the new prompts.
         state: before the first chunk under the new prompt, with at least so many recent latents.
+        mesh: of a `data_parallel` model (static).
     """
-    network = bind(WanTransformer, config.transformer, params)
-    text = network.embed_text(prompt_embeds)
-    if frames:
-        state = dataclasses.replace(state, memory=_recache(config, frame_size, frames, policy, network, text, state))
-    if cut:
-        state = dataclasses.replace(state, gap=state.gap + CUT_FRAMES)
-    return text, state
+
+    def switch(policy, params, prompt_embeds, state):
+        network = bind(WanTransformer, config.transformer, params)
+        text = network.embed_text(prompt_embeds)
+        if frames:
+            memory = _recache(config, frame_size, frames, policy, network, text, state)
+            state = dataclasses.replace(state, memory=memory)
+        if cut:
+            state = dataclasses.replace(state, gap=state.gap + CUT_FRAMES)
+        return text, state
+
+    states = state_axes(mesh, config, frame_size, policy)
+    run = divided(switch, mesh, (None, None, 0, states), (TEXT_AXIS, states))
+    return run(policy, params, prompt_embeds, state)
 
 
 def _recache(config, frame_size, frames, policy, network, text, state):
