@@ -253,7 +253,9 @@ def load(path: str | Path, dtype: str = "float32") -> Model:
     tokenizer = folder / TOKENIZER
     return Model(
         config,
-        **trees,
+        trees["transformer"],
+        trees.get("vae"),
+        trees.get("text_encoder"),
         tokenizer=Tokenizer.load(tokenizer, config.transformer.text_len)
         if kind_of(tokenizer, "the folder") == "folder"
         else None,

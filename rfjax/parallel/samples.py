@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from rfjax.errors import UserError
@@ -100,7 +100,7 @@ def sample_axes(make: Callable[[int], PyTree]) -> list[int | None]:
     return [axis(*pair) for pair in zip(*leaves, strict=True)]
 
 
-def check_samples(samples: int, mesh: Mesh | None) -> None:
+def check_samples(samples: int, mesh: Mesh | AbstractMesh | None) -> None:
     """Make sure that every device has equally many samples.
 
     Raises:

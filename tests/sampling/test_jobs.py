@@ -25,3 +25,10 @@ def test_batches_are_equal_few_and_complete(count, batch_size):
 def test_five_videos_in_fours_are_two_batches_of_three():
     result = batches(expand(["x"], 5), 4)
     assert [[job.sample for job in batch] for batch in result] == [[0, 1, 2], [3, 4, 4]]
+
+
+def test_batches_divide_among_devices():
+    assert batches(list("abc"), 1, 2) == [["a", "b"], ["c", "c"]]
+    assert batches(list("abcde"), 2, 2) == [["a", "b", "c", "d"], ["e"] * 4]
+    assert [len(batch) for batch in batches(list(range(9)), 4, 3)] == [9]
+    assert batches([], 4, 3) == []
