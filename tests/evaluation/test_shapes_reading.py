@@ -95,7 +95,7 @@ MOVING = Scene(
     "brown",
     (
         shape("green", "triangle", (0.1, 0.2), motion="bounces", velocity=(0.3, 0.2)),
-        shape("purple", "square", (0.9, 0.5), radius=0.16, rate=1.5),
+        shape("purple", "ring", (0.9, 0.5)),
     ),
     0,
 )
@@ -122,7 +122,7 @@ def test_a_video_shows_its_own_scene_and_no_other(moving):
     for colour in set(COLOURS) - {"green", "purple"}:
         verdict = shown(readings, changed(MOVING, 1, colour=colour))
         assert verdict == {"things": False, "colours": False, "kinds": True, "background": True}
-    swapped = changed(changed(MOVING, 0, kind="square"), 1, kind="triangle")
+    swapped = changed(changed(MOVING, 0, kind="ring"), 1, kind="triangle")
     assert shown(readings, swapped) == {"things": False, "colours": True, "kinds": True, "background": True}
     assert not shown(readings, dataclasses.replace(MOVING, background="dark"))["background"]
 

@@ -207,7 +207,7 @@ def test_a_full_windows_steps_are_one_program_of_one_step(two_steps):
     """As large for 30 chunks as for 3: the loop is not unrolled."""
 
     def size(chunks):
-        sizes, noise = rolling._request_of(two_steps.config, *drawn(chunks, steps=2), None, None)
+        sizes, noise = rolling._request_of(two_steps, *drawn(chunks, steps=2), None, None)
         shared, state, window = rolling._begin(two_steps, rolling_forcing(), context(), sizes)
         return rolling._roll.lower(*shared, state, window, noise, chunks).as_text().count("dot_general")
 
@@ -215,7 +215,7 @@ def test_a_full_windows_steps_are_one_program_of_one_step(two_steps):
 
 
 def test_memory_and_window_are_updated_in_place(two_steps):
-    sizes, noise = rolling._request_of(two_steps.config, *drawn(6, steps=2), None, None)
+    sizes, noise = rolling._request_of(two_steps, *drawn(6, steps=2), None, None)
     shared, state, window = rolling._begin(two_steps, rolling_forcing(), context(), sizes)
     memory_use = rolling._roll.lower(*shared, state, window, noise, 6).compile().memory_analysis()
     assert memory_use is not None
