@@ -23,9 +23,11 @@ from rfjax.commands.plan import make_plan
 from rfjax.config import load_model_config
 from rfjax.errors import UserError
 from rfjax.io.checkpoints import load, parameter_trees, save
+from rfjax.io.manifest import read_jobs
 from rfjax.io.ownership import owning
 from rfjax.io.video import VideoWriter, read_video
 from rfjax.memory import create
+from rfjax.sampling.batch import Batch
 from rfjax.sampling.codec import encode_prompt
 from rfjax.sampling.pipeline import keys_from_seed
 from rfjax.sampling.rollout import rollout
@@ -98,7 +100,7 @@ def test_one_prompt_gives_video_metadata_and_timeline(generate):
     assert out[3] == "video 1 of 1: compiling"
     assert re.match(r"video 1 of 1: chunk 4 of 4, [\d.]+ frames/s, 0 s left$", out[-2])
     assert out[-1] == "a cat-0.mp4 in outputs"
-    assert names("outputs") == {"a cat-0.mp4", "metadata.json", "memory_timeline.png"}
+    assert names("outputs") == {"a cat-0.mp4", "jobs.json", "metadata.json", "memory_timeline.png"}
     assert read_video("outputs/a cat-0.mp4").shape == (45, 48, 64, 3)
 
     record = records("outputs")["a cat-0.mp4"]
@@ -117,7 +119,7 @@ def test_no_arguments_at_all_make_a_video_with_the_shipped_model(tmp_path, monke
     out = capsys.readouterr().out.splitlines()
     assert "moving_shapes (" in out[0]
     assert "moving shapes" in out[1]
-    assert len(names("outputs")) == 3
+    assert len(names("outputs")) == 4
     (video,) = Path("outputs").glob("*-0.mp4")
     assert len(read_video(video)) == 165
 
@@ -140,7 +142,7 @@ def test_prompt_file_is_flat_resumes_and_keeps_what_is_there(generate):
     assert code == 0
     assert out[-1] == "2 videos in outputs"
     videos = {"a cat-0.mp4", "a dog-0.mp4"}
-    assert names("outputs") == videos | {"metadata.json", "memory_timeline.png", "a dog-0.timeline.png"}
+    assert names("outputs") == videos | {"jobs.json", "metadata.json", "memory_timeline.png", "a dog-0.timeline.png"}
     assert records("outputs").keys() == videos
 
     before = {path: path.stat().st_mtime_ns for path in Path("outputs").iterdir()}
@@ -181,7 +183,7 @@ def test_other_settings_are_not_mixed_into_a_folder(generate):
         assert code == 2
         assert len(err) == 1
         assert err[0].startswith("rfjax: error: outputs holds videos made with seed 1, this run has 2; choose another")
-    assert names("outputs") == {"a cat-0.mp4", "metadata.json", "memory_timeline.png"}
+    assert names("outputs") == {"a cat-0.mp4", "jobs.json", "metadata.json", "memory_timeline.png"}
     assert Path("outputs/a cat-0.mp4").read_bytes() == content
 
     assert generate("--prompt", "a cat", "--seed", "2", "--overwrite")[0] == 0
@@ -400,7 +402,7 @@ def test_video_that_cannot_be_finished_has_no_timeline_and_no_record(generate, m
 
     monkeypatch.setattr(VideoWriter, "close", fail)
     assert generate("--prompt", "a cat")[0] == 2
-    assert names("outputs") == set()
+    assert names("outputs") == {"jobs.json"}
 
 
 @pytest.mark.slow
@@ -409,28 +411,30 @@ def test_nan_stops_with_the_chunk_named_and_leaves_no_video(generate, tmp_path):
     code, _, err = generate("--checkpoint", str(bad), "--prompt", "a cat")
     assert code == 2
     assert len(err) == 1
-    assert "chunk 1 of 2 (latent frames 0 to 2) hold NaN or infinity in 1 of 1 videos" in err[0]
-    assert names("outputs") == set()
+    assert "a cat-0.mp4 failed twice: the latents of chunk 1 of 2 (latent frames 0 to 2) hold NaN or infin" in err[0]
+    assert names("outputs") == {"jobs.json"}
+    (entry,) = read_jobs(Path("outputs")).values()
+    assert entry["state"] == "failed"
+    assert entry["reason"].startswith("the latents of chunk 1 of 2")
 
 
 @pytest.mark.slow
 def test_interruption_keeps_finished_videos_and_no_partial_file(generate, monkeypatch):
     Path("prompts.txt").write_text("a cat\na dog\n")
-    original, calls = generation.stream_video, []
+    original, calls = Batch.step, []
 
-    def interrupted(*arguments):
+    def interrupted(batch):
         calls.append(None)
-        chunks = original(*arguments)
-        yield next(chunks)
-        if len(calls) == 2:
+        if len(calls) == 4:  # the second chunk of the second video
             raise KeyboardInterrupt
-        yield from chunks
+        return original(batch)
 
-    monkeypatch.setattr(generation, "stream_video", interrupted)
+    monkeypatch.setattr(Batch, "step", interrupted)
     code, _, err = generate("--prompt-file", "prompts.txt")
     assert code == 130
     assert err == ["rfjax: interrupted; 1 of 2 videos are complete in outputs"]
-    assert names("outputs") == {"a cat-0.mp4", "memory_timeline.png", "metadata.json"}
+    assert names("outputs") == {"a cat-0.mp4", "jobs.json", "memory_timeline.png", "metadata.json"}
+    assert [entry["state"] for entry in read_jobs(Path("outputs")).values()] == ["done", "pending"]
     assert len(read_video("outputs/a cat-0.mp4")) == 21
 
 

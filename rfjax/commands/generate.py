@@ -7,7 +7,8 @@ from pathlib import Path
 from rfjax.commands.flags import add_batch_size, add_dtype, add_settings, mesh, number, whole
 from rfjax.commands.prompt_schedule import read_schedule
 from rfjax.errors import UserError
-from rfjax.io.prompts import has_word, read_prompt_file
+from rfjax.io import prompts
+from rfjax.io.prompts import Request, has_word
 
 DEFAULT_PROMPT = "a red circle bounces and a blue square turns on a dark background"
 DEFAULT_SECONDS = 10.0
@@ -21,10 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_what(what: argparse._ArgumentGroup) -> None:
-    prompts = what.add_mutually_exclusive_group()
-    prompts.add_argument("--prompt", metavar="TEXT", help="what the video shows (default: two moving shapes)")
-    prompts.add_argument("--prompt-file", metavar="FILE", type=Path, help="a prompt a line, UTF-8")
-    prompts.add_argument(
+    source = what.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", help="what the video shows (default: two moving shapes)")
+    source.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        type=Path,
+        help='a prompt a line, UTF-8; in a .jsonl file {"prompt": TEXT, "seconds": S} a line, videos of any lengths',
+    )
+    source.add_argument(
         "--prompt-schedule",
         metavar="FILE",
         type=Path,
@@ -99,6 +105,13 @@ def _add_where(where: argparse._ArgumentGroup) -> None:
         help="folder of <prompt>-<sample>.mp4, metadata.json and the memory timelines (default: outputs); "
         "videos that it already holds are not made again",
     )
+    where.add_argument(
+        "--checkpoint-every",
+        metavar="N",
+        type=whole(1),
+        help="keep the state of the unfinished videos in the output folder every so many chunks, so that the same "
+        "command goes on inside them after it was stopped or killed (default: an unfinished video begins anew)",
+    )
     where.add_argument("--overwrite", action="store_true", help="make and replace videos that are already there")
 
 
@@ -113,31 +126,31 @@ def run(args: argparse.Namespace) -> None:
     if args.prompt_schedule is None:
         if args.prompt_switch is not None:
             raise UserError(f"--prompt-switch {args.prompt_switch} needs --prompt-schedule")
-        generation.generate(args, read_prompts(args.prompt, args.prompt_file), [])
+        generation.generate(args, read_requests(args.prompt, args.prompt_file), [])
         return
     if args.sampler != "chunk":
         raise UserError(f"--prompt-schedule does not go with --sampler {args.sampler}, whose chunks overlap; use chunk")
     schedule = read_schedule(args.prompt_schedule)
-    generation.generate(args, [schedule[0].prompt], schedule)
+    generation.generate(args, [Request(schedule[0].prompt)], schedule)
 
 
-def read_prompts(prompt: str | None, prompt_file: Path | None) -> list[str]:
+def read_requests(prompt: str | None, prompt_file: Path | None) -> list[Request]:
     """Return the prompts asked for, the default one if there are none.
 
     Raises:
-        UserError: an empty prompt, or a file that is missing, empty or not UTF-8.
+        UserError: an empty prompt, or a file that is missing, empty, not UTF-8 or wrong in another way.
     """
     if prompt_file is not None:
-        return read_prompt_file(prompt_file)
+        return prompts.read_requests(prompt_file)
     if prompt is None:
-        return [DEFAULT_PROMPT]
+        return [Request(DEFAULT_PROMPT)]
     try:
         prompt.encode()
     except UnicodeEncodeError:
         raise UserError(f"--prompt is {prompt!r}, which is not valid UTF-8") from None
     if not has_word(prompt):
         raise UserError(f"--prompt is {prompt!r}; it needs at least one word")
-    return [prompt.strip()]
+    return [Request(prompt.strip())]
 
 
 def _seconds(text: str) -> float:

@@ -1,27 +1,29 @@
 """What `rfjax generate` does once its flags are read: checks, then batches of videos, then their records."""
 
 import argparse
-import contextlib
 import dataclasses
+import functools
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 from rich.console import Console
 
 from rfjax.commands.interruptions import Interruptions
+from rfjax.commands.keeping import Keeper, as_kept, discard
 from rfjax.commands.plan import Plan, make_plan
+from rfjax.commands.production import Run, produce
 from rfjax.commands.progress import ChunkProgress
 from rfjax.commands.prompt_schedule import ScheduledPrompt
-from rfjax.commands.records import write_records
+from rfjax.errors import UserError
 from rfjax.io import outputs
 from rfjax.io.checkpoints import TOKENIZER, load
+from rfjax.io.manifest import JOBS, Entry, Manifest
 from rfjax.io.ownership import owning
-from rfjax.io.video import VideoWriter
+from rfjax.io.prompts import Request
 from rfjax.models.model import Model
 from rfjax.models.tokenizer import Tokenizer
 from rfjax.parallel.samples import data_parallel
@@ -29,32 +31,18 @@ from rfjax.sampling import rolling
 from rfjax.sampling.budget import GB, Budget, check_fits, device_limit, estimate, needs, out_of_memory_says
 from rfjax.sampling.codec import encode_prompt
 from rfjax.sampling.jobs import Job
-from rfjax.sampling.pipeline import VideoChunk, keys_from_seed, stream_video
 from rfjax.sampling.switching import Switch
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What all batches share."""
-
-    plan: Plan
-    budget: Budget
-    model: Model
-    switches: list[Switch]
-    """Changes of prompt, with embeddings of a single sample."""
-    progress: ChunkProgress
-    interruptions: Interruptions
-
-
-def generate(args: argparse.Namespace, prompts: list[str], schedule: list[ScheduledPrompt]) -> None:
+def generate(args: argparse.Namespace, requests: list[Request], schedule: list[ScheduledPrompt]) -> None:
     """Make the videos that the output folder lacks.
 
     Raises:
-        UserError: an input is wrong, and nothing has been written; or the latents became NaN, and the videos finished
-            before are kept.
+        UserError: an input is wrong, and nothing has been written; or videos failed, and the others are complete.
     """
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
-    plan = make_plan(args, prompts, schedule)
+    plan = make_plan(args, requests, schedule)
+    plan = plan if args.overwrite else as_kept(plan)
     budget = estimate(plan.config, plan.policy, plan.video, plan.settings["dtype"], plan.pass_chunks)
     if plan.sampler == "rolling":
         size = plan.video.latent_height, plan.video.latent_width
@@ -74,28 +62,50 @@ def generate(args: argparse.Namespace, prompts: list[str], schedule: list[Schedu
         outputs.make_folder(plan.output)
         with owning(plan.output):
             outputs.remove_stale(plan.output)
-            _make_all(plan, budget, model, console)
+            if args.overwrite:
+                discard(plan)
+            _make_all(plan, budget, model, console, args.checkpoint_every or 0)
     made = plan.missing[0].video if len(plan.missing) == 1 else f"{len(plan.missing)} videos"
     console.print(f"{made} in {plan.output}")
 
 
-def _make_all(plan: Plan, budget: Budget, model: Model, console: Console) -> None:
-    done, switches = 0, _switches(plan, model)
+def _make_all(plan: Plan, budget: Budget, model: Model, console: Console, checkpoint_every: int) -> None:
+    done: list[Job] = []
+    manifest = Manifest(plan.output, _entries(plan))
     try:
-        with Interruptions() as interruptions, ChunkProgress(console, len(plan.batches) * plan.chunks) as progress:
-            run = Run(plan, budget, model, switches, progress, interruptions)
-            for batch in plan.batches:
-                made = list(dict.fromkeys(batch))  # without the repeats that fill up the last batch
-                progress.label(_numbers(done, len(made), len(plan.missing)))
-                _make_batch(run, batch, made)
-                done += len(made)
+        with (
+            Interruptions() as interruptions,
+            ChunkProgress(console) as progress,
+            Keeper(plan, checkpoint_every) as keeper,
+        ):
+            encoded = functools.lru_cache(plan.places)(lambda prompt: encode(model, [prompt]))
+            switches = _switches(plan, model)
+            run = Run(plan, budget, model, encoded, switches, progress, interruptions, manifest, keeper, done)
+            failures = produce(run)
     except KeyboardInterrupt as interruption:
-        complete = f"; {done} of {len(plan.missing)} videos are complete in {plan.output}"
+        complete = f"; {len(done)} of {len(plan.missing)} videos are complete in {plan.output}"
         raise type(interruption)(complete) from None
+    finally:
+        manifest.stop()
+    if failures:
+        job, reason = next(iter(failures.items()))
+        others = f"; so did {len(failures) - 1} others, see {JOBS}" if len(failures) > 1 else ""
+        raise UserError(f"{job.video} failed twice: {reason}{others}; {len(done)} of {len(plan.missing)} are complete")
 
 
-def _numbers(done: int, count: int, total: int) -> str:
-    return f"video {done + 1} of {total}" if count == 1 else f"videos {done + 1}-{done + count} of {total}"
+def _entries(plan: Plan) -> list[Entry]:
+    """Return what the manifest says of the videos asked for when a run begins."""
+    missing = set(plan.missing)
+    return [
+        {
+            "file": job.video,
+            "prompt": job.prompt,
+            "sample": job.sample,
+            "chunks": plan.of(job).chunks,
+            "state": "pending" if job in missing else "done",
+        }
+        for job in plan.asked
+    ]
 
 
 def _introduction(plan: Plan, budget: Budget, limit: int | None) -> list[str]:
@@ -131,12 +141,20 @@ def _changes(plan: Plan) -> str:
 
 
 def _size(plan: Plan) -> str:
-    settings, seconds = plan.settings, plan.video_frames / plan.settings["fps"]
-    rounded = "" if plan.asked_seconds in (None, seconds) else f", {plan.asked_seconds:g} s rounded up to whole chunks"
+    """Say how many videos of which sizes are to be made."""
+    settings, fps, count = plan.settings, plan.settings["fps"], len(plan.missing)
+    shortest, longest = plan.of(plan.queue[-1]), plan.of(plan.queue[0])
+
+    def between(measure: Callable[[Plan], float]) -> str:
+        return " to ".join(dict.fromkeys(f"{measure(each):.4g}" for each in (shortest, longest)))
+
+    whole = plan.asked_seconds in (None, longest.video_frames / fps)
+    rounded = "" if whole else f", {plan.asked_seconds:g} s rounded up to whole chunks"
     return (
-        f"{len(plan.missing)} video{'s' * (len(plan.missing) > 1)} of {settings['height']}x{settings['width']} pixels, "
-        f"{plan.video_frames} frames, {seconds:.4g} s at {settings['fps']} fps: "
-        f"{settings['latent_frames']} latent frames in {plan.chunks} chunks{rounded}"
+        f"{count} video{'s' * (count > 1)} of {settings['height']}x{settings['width']} pixels, "
+        f"{between(lambda each: each.video_frames)} frames, {between(lambda each: each.video_frames / fps)} s at "
+        f"{fps} fps: {between(lambda each: each.settings['latent_frames'])} latent frames in "
+        f"{between(lambda each: each.chunks)} chunks{rounded}"
     )
 
 
@@ -158,37 +176,6 @@ def short_count(number: int) -> str:
         if number >= size:
             return f"{number / size:.3g}{letter}"
     return str(number)
-
-
-def _make_batch(run: Run, batch: list[Job], made: list[Job]) -> None:
-    """Generate a batch and write the videos, timelines and records of those `made`, its first jobs."""
-    plan = run.plan
-    settings = plan.settings
-    run.interruptions.check()
-    embeds = encode(run.model, [job.prompt for job in batch])
-    keys = keys_from_seed(settings["seed"], [job.sample for job in batch])
-    size = (plan.video.latent_height, plan.video.latent_width)
-    chunks: list[VideoChunk] = []
-    with contextlib.ExitStack() as stack:
-        writers = [
-            stack.enter_context(
-                VideoWriter(plan.output / job.video, settings["height"], settings["width"], settings["fps"])
-            )
-            for job in made
-        ]
-        switches = [
-            dataclasses.replace(switch, prompt_embeds=jnp.repeat(switch.prompt_embeds, len(batch), axis=0))
-            for switch in run.switches
-        ]
-        length = settings["latent_frames"]
-        stream = stream_video(run.model, plan.policy, embeds, length, size, keys, switches, plan.sampler)
-        for chunk in stream:
-            run.interruptions.check()
-            for writer, frames in zip(writers, chunk.frames, strict=False):
-                writer.write(frames)
-            run.progress.advance(len(made) * chunk.frames.shape[1])
-            chunks.append(dataclasses.replace(chunk, frames=chunk.frames[:0].copy()))  # a view would keep the pixels
-    write_records(plan, run.budget, chunks, dict(enumerate(made)), len(batch))
 
 
 def _switches(plan: Plan, model: Model) -> list[Switch]:

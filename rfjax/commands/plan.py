@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import hashlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +17,13 @@ from rfjax.config import ModelConfig, VAEConfig
 from rfjax.errors import UserError
 from rfjax.io import outputs
 from rfjax.io.checkpoints import CONFIG, TOKENIZER, check_dtype, load_checkpoint_config
+from rfjax.io.manifest import read_jobs
 from rfjax.io.paths import kind_of
+from rfjax.io.prompts import Request
 from rfjax.memory import MemoryPolicy, parse
 from rfjax.memory.policy_file import policy_source
 from rfjax.sampling.budget import VideoShape
-from rfjax.sampling.jobs import Job, batches, expand
+from rfjax.sampling.jobs import Job, expand, longest_first, places_for
 from rfjax.sampling.switching import WINDOW_CHUNKS
 
 SHIPPED = Path(rfjax.__file__).parent / "assets" / "moving_shapes"
@@ -39,15 +42,18 @@ class Plan:
     vae: VAEConfig
     policy: MemoryPolicy
     settings: dict[str, Any]
-    """Everything that the pixels depend on, but the prompt and the number of the sample; goes into the metadata."""
+    """Everything that the pixels depend on, but the prompt and the number of the sample; goes into the metadata.
+
+    The length is that of the longest video; `of` gives another's.
+    """
     asked: list[Job]
     """Videos asked for."""
     missing: list[Job]
     """Those that the output folder does not hold yet (all, with --overwrite)."""
     unrecorded: list[str]
     """Files that stay as they are though the folder's metadata does not say how they were made."""
-    batches: list[list[Job]]
-    """The missing ones, in batches of equal size."""
+    places: int
+    """Videos made together, on all devices."""
     output: Path
     asked_seconds: float | None
     """Length asked for, before rounding up to whole chunks; None where latent frames were given."""
@@ -64,11 +70,20 @@ class Plan:
         """Sizes of a device's part of a batch."""
         factor = self.vae.spatial_factor
         return VideoShape(
-            batch=len(self.batches[0]) // self.devices if self.batches else 1,
+            batch=self.places // self.devices,
             latent_frames=self.settings["latent_frames"],
             latent_height=self.settings["height"] // factor,
             latent_width=self.settings["width"] // factor,
         )
+
+    def of(self, job: Job) -> "Plan":
+        """Return the plan with the length of that video."""
+        return dataclasses.replace(self, settings=self.settings | {"latent_frames": job.latent_frames})
+
+    @property
+    def queue(self) -> list[Job]:
+        """The missing videos in the order in which they are begun."""
+        return longest_first(self.missing)
 
     @property
     def pass_chunks(self) -> int:
@@ -93,12 +108,12 @@ class Plan:
         return self.vae.temporal_factor / self.settings["fps"]
 
 
-def make_plan(args: argparse.Namespace, prompts: list[str], schedule: list[ScheduledPrompt]) -> Plan:
+def make_plan(args: argparse.Namespace, requests: Sequence[Request], schedule: list[ScheduledPrompt]) -> Plan:
     """Check everything that can be checked before weights are read, and write nothing.
 
     Args:
         args: of `rfjax generate`.
-        prompts: a video each, times the samples.
+        requests: a video each, times the samples.
         schedule: changes of prompt, the first one's beginning among them; empty if the prompt does not change.
 
     Raises:
@@ -110,6 +125,7 @@ def make_plan(args: argparse.Namespace, prompts: list[str], schedule: list[Sched
     config, vae = read_config(checkpoint)
     policy = parse(args.policy, dict(args.settings))
     seconds = DEFAULT_SECONDS if args.seconds is None and args.latent_frames is None else args.seconds
+    asked = expand(_lengths(requests, config, vae, seconds, args.latent_frames, args.fps), args.num_samples)
     height, width = frame_pixels(config, vae, args.height, args.width)
     settings = {
         "checkpoint": fingerprint(checkpoint),
@@ -118,7 +134,7 @@ def make_plan(args: argparse.Namespace, prompts: list[str], schedule: list[Sched
             **dataclasses.asdict(policy),  # pyright: ignore[reportArgumentType]
             **policy_source(policy),
         },
-        "latent_frames": latent_frames(config.chunk_frames, vae.temporal_factor, seconds, args.latent_frames, args.fps),
+        "latent_frames": max(job.latent_frames for job in asked),
         "height": height,
         "width": width,
         "fps": args.fps,
@@ -127,6 +143,7 @@ def make_plan(args: argparse.Namespace, prompts: list[str], schedule: list[Sched
     }
     if args.sampler != "chunk":
         settings["sampler"] = args.sampler
+        _check_rolling(args, asked)
     starts: dict[int, ScheduledPrompt] = {}
     if schedule:
         length = settings["latent_frames"]
@@ -136,11 +153,16 @@ def make_plan(args: argparse.Namespace, prompts: list[str], schedule: list[Sched
         settings["prompt_schedule"] = [dataclasses.asdict(entry) for entry in schedule]
         settings["prompt_switch"] = args.prompt_switch or "recache"
     outputs.check_writable(args.output)
-    asked = expand(prompts, args.num_samples)
     recorded = outputs.read_records(args.output).keys()
     if not args.overwrite:
-        outputs.check_settings(args.output, settings)
-    missing = [job for job in asked if args.overwrite or kind_of(args.output / job.video, "the video") == "missing"]
+        outputs.check_settings(args.output, settings, {job.video: job.latent_frames for job in asked})
+    # Between a video's last byte and its record lies a moment in which a run may be killed.
+    begun = {file for file, entry in read_jobs(args.output).items() if entry["state"] != "done"} - recorded
+    missing = [
+        job
+        for job in asked
+        if args.overwrite or job.video in begun or kind_of(args.output / job.video, "the video") == "missing"
+    ]
     kept = set(asked) - set(missing)
     devices = max(1, min(_devices(args), len(missing)))
     return Plan(
@@ -152,13 +174,51 @@ def make_plan(args: argparse.Namespace, prompts: list[str], schedule: list[Sched
         asked=asked,
         missing=missing,
         unrecorded=sorted(job.video for job in kept if job.video not in recorded),
-        batches=batches(missing, args.batch_size, devices),
+        places=places_for(len(missing), args.batch_size, devices),
         output=args.output,
-        asked_seconds=seconds,
+        asked_seconds=seconds if all(request == Request(request.prompt) for request in requests) else None,
         sampler=args.sampler,
         schedule=starts,
         devices=devices,
     )
+
+
+def _lengths(
+    requests: Sequence[Request],
+    config: ModelConfig,
+    vae: VAEConfig,
+    seconds: float | None,
+    frames: int | None,
+    fps: int,
+) -> dict[str, int]:
+    """Return the latent frames of each prompt, its own or those that the flags say; a repeated prompt counts once."""
+    lengths: dict[str, int] = {}
+    for request in requests:
+        own = request.seconds, request.latent_frames
+        asked = (seconds, frames) if own == (None, None) else own
+        try:
+            length = latent_frames(config.chunk_frames, vae.temporal_factor, *asked, fps)
+        except UserError as error:
+            if own == (None, None):
+                raise
+            said = str(error).replace("--seconds", "seconds").replace("--latent-frames", "latent_frames")
+            raise UserError(f"prompt {request.prompt!r}: {said}") from None
+        if lengths.setdefault(request.prompt, length) != length:
+            raise UserError(
+                f"prompt {request.prompt!r} is asked for with {lengths[request.prompt]} and with {length} latent "
+                "frames; its videos would have the same names, so one length is needed"
+            )
+    return lengths
+
+
+def _check_rolling(args: argparse.Namespace, asked: list[Job]) -> None:
+    if len({job.latent_frames for job in asked}) > 1:
+        raise UserError("--sampler rolling makes videos of one length together; use chunk, or a prompt file a length")
+    if args.checkpoint_every:
+        raise UserError(
+            f"--checkpoint-every {args.checkpoint_every} does not go with --sampler rolling, whose chunks overlap; "
+            "use chunk"
+        )
 
 
 def _devices(args: argparse.Namespace) -> int:

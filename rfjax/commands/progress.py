@@ -12,7 +12,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 class ChunkProgress:
     """Counts chunks, frames a second and the time left over all batches of a run."""
 
-    def __init__(self, console: Console, total_chunks: int):
+    def __init__(self, console: Console, total_chunks: int = 0):
         self._console = console
         self._total = total_chunks
         self._done = 0
@@ -30,6 +30,11 @@ class ChunkProgress:
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("", total=total_chunks, rate="compiling")
+
+    def expect(self, chunks: int) -> None:
+        """Add chunks to those that are to come."""
+        self._total += chunks
+        self._bar.update(self._task, total=self._total)
 
     def label(self, text: str) -> None:
         """Say what is being made, from now on."""

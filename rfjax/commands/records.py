@@ -26,7 +26,7 @@ def write_records(
     """Draw the timelines of finished videos and write their records.
 
     Args:
-        plan: that the videos belong to.
+        plan: that the videos belong to, with their length.
         budget: of the run.
         chunks: of the batch that they were made in; their pixels are not looked at.
         jobs: the videos, by their place in the batch.

@@ -24,6 +24,7 @@ from rfjax.evaluation.study import (
 )
 from rfjax.evaluation.tables import Format, check_format
 from rfjax.io import outputs
+from rfjax.io.prompts import Request, read_prompt_file
 from rfjax.sampling.budget import Budget, VideoShape, estimate
 from rfjax.sampling.jobs import Job, batches
 
@@ -138,11 +139,11 @@ def make_sweep(args: argparse.Namespace) -> Sweep:
 def _prompts(study: Study, path: Path) -> list[str]:
     """Return the study's prompts, each once."""
     if study.prompt_file is not None:
-        return list(dict.fromkeys(generate.read_prompts(None, path.parent / study.prompt_file)))
+        return list(dict.fromkeys(read_prompt_file(path.parent / study.prompt_file)))
     prompts = []
     for number, prompt in enumerate(study.prompts):
         try:
-            prompts += generate.read_prompts(prompt, None)
+            prompts += [request.prompt for request in generate.read_requests(prompt, None)]
         except UserError as error:
             raise UserError(str(error).replace("--prompt", f"{path.name}: prompts[{number}]", 1)) from None
     return list(dict.fromkeys(prompts))
@@ -163,7 +164,7 @@ def _plan(args: argparse.Namespace, study: Study, variant: Variant, path: Path) 
         "output": args.output / variant.name,
     }
     try:
-        return make_plan(argparse.Namespace(**flags), list(study.prompts), [])
+        return make_plan(argparse.Namespace(**flags), [Request(prompt) for prompt in study.prompts], [])
     except UserError as error:
         flag = re.match(r"--(height|width|seconds|latent-frames) is", str(error))
         if flag is None:

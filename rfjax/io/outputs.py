@@ -23,6 +23,7 @@ TIMELINE = "memory_timeline.png"
 """Timeline of a folder's first video; those of the others are named as they are."""
 
 _LOCK = ".metadata.lock"
+_LENGTH = "latent_frames"
 _STALE_SECONDS = 24 * 3600
 """Age of a temporary file that no living process writes any more."""
 
@@ -93,23 +94,36 @@ def _open_locked(path: Path) -> int:
         os.close(descriptor)  # its last holder has removed the file, and a third process may hold a new one
 
 
-def check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse to mix videos of different settings in one folder.
+def check_settings(folder: Path, settings: dict[str, Any], lengths: Mapping[str, int]) -> None:
+    """Refuse to mix videos of different settings in one folder; their lengths may differ.
+
+    Args:
+        folder: with the videos.
+        settings: of the run.
+        lengths: latent frames of the videos that are asked for, by file name.
 
     Raises:
-        UserError: the folder holds a video of other settings; the message names the first that differs.
+        UserError: the folder holds a video of other settings, or one that is asked for in another length; the message
+            names the first setting that differs.
     """
     wanted = json.loads(json.dumps(settings))
     for file, record in read_records(folder).items():
-        if record["settings"] == wanted or kind_of(folder / file, "the video") == "missing":
+        own = wanted | {
+            name: lengths.get(file, frames) for name, frames in record["settings"].items() if name == _LENGTH
+        }
+        if record["settings"] == own or kind_of(folder / file, "the video") == "missing":
             continue
-        for name in (*wanted, *record["settings"]):
-            there, here = record["settings"].get(name), wanted.get(name)
+        for name in (*own, *record["settings"]):
+            there, here = record["settings"].get(name), own.get(name)
             if there != here:
                 raise UserError(
-                    f"{folder} holds videos made with {name} {_show(there)}, this run has {_show(here)}; "
-                    "choose another --output, or --overwrite"
+                    f"{folder} holds {differing(name, there, here)}; choose another --output, or --overwrite"
                 )
+
+
+def differing(name: str, there: Any, here: Any) -> str:
+    """Say which setting of a folder's videos differs from that of a run."""
+    return f"videos made with {name} {_show(there)}, this run has {_show(here)}"
 
 
 def _show(value: Any) -> str:

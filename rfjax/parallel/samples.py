@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from rfjax.errors import UserError
 from rfjax.models.model import Model
@@ -98,6 +99,24 @@ def sample_axes(make: Callable[[int], PyTree]) -> list[int | None]:
 
     leaves = [jax.tree.leaves(jax.eval_shape(functools.partial(make, samples))) for samples in (2, 3)]
     return [axis(*pair) for pair in zip(*leaves, strict=True)]
+
+
+def select(which: Bool[Array, "B"], chosen: Tree, other: Tree, axes: Axes = 0) -> Tree:
+    """Return the pytree with the samples of `which` from `chosen` and the rest from `other`.
+
+    Args:
+        which: of the samples.
+        chosen: a pytree of arrays.
+        other: the same arrays; those without samples are taken from here.
+        axes: which axis counts samples.
+    """
+    leaves, structure = jax.tree.flatten(other)
+    every = axes if isinstance(axes, list) else [axes] * len(leaves)
+
+    def one(a, b, axis):
+        return b if axis is None else jnp.where(which.reshape(-1, *[1] * (b.ndim - axis - 1)), a, b)
+
+    return structure.unflatten([one(*three) for three in zip(jax.tree.leaves(chosen), leaves, every, strict=True)])
 
 
 def check_samples(samples: int, mesh: Mesh | AbstractMesh | None) -> None:

@@ -9,20 +9,22 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Bool, Float, Key, UInt8
 
-from rfjax.config import VAEConfig
 from rfjax.errors import UserError
 from rfjax.memory import MemoryPolicy, Trace
-from rfjax.models.functional import Params
+from rfjax.models.functional import AnyArray
 from rfjax.models.model import Model
 from rfjax.models.vae import DecoderCache, decode_first, decode_init, decode_next
-from rfjax.parallel.samples import divided
+from rfjax.parallel.samples import divided, select, spread
 from rfjax.sampling import rolling
 from rfjax.sampling.codec import to_bytes, vae_of
 from rfjax.sampling.rollout import Chunk, stream
 from rfjax.sampling.switching import Switch
+
+
+class NotFiniteError(UserError):
+    """Latents hold NaN or infinity."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,8 @@ def stream_video(
         sampler: which stream of chunks: `rfjax.stream` or `rfjax.rolling.stream`.
 
     Raises:
-        UserError: sizes that do not fit the model, no autoencoder, or latents that are no longer finite.
+        UserError: sizes that do not fit the model, or no autoencoder.
+        NotFiniteError: latents are no longer finite.
     """
     noise_shape = (prompt_embeds.shape[0], latent_frames, *frame_size, model.config.transformer.in_dim)
     if sampler == "rolling":
@@ -88,15 +91,15 @@ def decode_stream(model: Model, chunks: Iterable[Chunk], shape: tuple[int, ...])
         shape: [B, F, H, W, C] of the latents of all chunks together.
 
     Raises:
-        UserError: no autoencoder, or latents that are no longer finite.
+        UserError: no autoencoder.
+        NotFiniteError: latents are no longer finite.
     """
-    vae_config, vae_params = vae_of(model)
     total = shape[1] // model.config.chunk_frames
-    cache = _decode_init(vae_config, jnp.dtype(model.dtype), shape[0], *shape[2:4], model.mesh)
+    cache = new_decoder(model, shape[0], (shape[2], shape[3]))
     since = time.perf_counter()
     waiting: tuple[int, Chunk, list[Array]] | None = None
     for index, chunk in enumerate(chunks):
-        cache, frames = _decode_chunk(vae_config, vae_params, cache, chunk.latents, model.mesh, first=index == 0)
+        cache, frames = decode_chunk(model, cache, chunk.latents, first=index == 0)
         if waiting is not None:
             done, since = _fetch(*waiting, total, since)
             yield done
@@ -105,22 +108,38 @@ def decode_stream(model: Model, chunks: Iterable[Chunk], shape: tuple[int, ...])
         yield _fetch(*waiting, total, since)[0]
 
 
-def _decode_chunk(
-    config: VAEConfig,
-    params: Params,
-    cache: DecoderCache,
-    latents: Float[Array, "B n H W C"],
-    mesh: Mesh | None,
-    *,
-    first: bool,
-) -> tuple[DecoderCache, list[Array]]:
+def new_decoder(model: Model, samples: int, frame_size: tuple[int, int]) -> DecoderCache:
+    """Return the decoder's empty memory, on the devices of the model; raise `UserError` without an autoencoder."""
+    return _decode_init(vae_of(model)[0], jnp.dtype(model.dtype), samples, *frame_size, model.mesh)
+
+
+def decode_chunk(
+    model: Model, cache: DecoderCache, latents: Float[Array, "B n H W C"], *, first: bool
+) -> tuple[DecoderCache, list[UInt8[Array, "B _ rows columns 3"]]]:
     """Dispatch the decoding of a chunk frame by frame: two small programs serve chunks of any place and length."""
     frames = []
     for i in range(latents.shape[1]):
         decode = _decode_first if first and i == 0 else _decode_next
-        cache, pixels = decode(config, params, cache, latents[:, i : i + 1], mesh)
+        cache, pixels = decode(*vae_of(model), cache, latents[:, i : i + 1], model.mesh)
         frames.append(pixels)
     return cache, frames
+
+
+def decode_mixed(
+    model: Model, cache: DecoderCache, latent: Float[Array, "B 1 h w C"], begins: Bool[AnyArray, "B"]
+) -> tuple[DecoderCache, UInt8[Array, "B 1 H W 3"], UInt8[Array, "B T H W 3"]]:
+    """Decode a latent frame that is the first of some videos only: both ways, and each keeps its own memory.
+
+    Args:
+        model: with its autoencoder.
+        cache: of all videos; consumed.
+        latent: the frame.
+        begins: whose first frame it is.
+
+    Returns:
+        The memory, the frame as a first one, and the frames as a later one.
+    """
+    return _decode_mixed(*vae_of(model), cache, latent, spread(jnp.asarray(begins), model.mesh), model.mesh)
 
 
 def _fetch(index: int, chunk: Chunk, frames: list[Array], total: int, since: float) -> tuple[VideoChunk, float]:
@@ -128,7 +147,7 @@ def _fetch(index: int, chunk: Chunk, frames: list[Array], total: int, since: flo
     finite = np.asarray(chunk.finite)
     if not finite.all():
         start, size = index * chunk.latents.shape[1], chunk.latents.shape[1]
-        raise UserError(
+        raise NotFiniteError(
             f"the latents of chunk {index + 1} of {total} (latent frames {start} to {start + size - 1}) hold NaN or "
             f"infinity in {int((~finite).sum())} of {len(finite)} videos of the batch; try --dtype float32, or check "
             "the checkpoint's weights"
@@ -152,6 +171,16 @@ def _decode_first(config, params, cache, latent, mesh=None):
 @functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames="cache")
 def _decode_next(config, params, cache, latent, mesh=None):
     return _decode(decode_next, config, params, cache, latent, mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames="cache")
+def _decode_mixed(config, params, cache, latent, begins, mesh=None):
+    def both(params, cache, latent, begins):
+        first, single = decode_first(config, params, cache, latent)
+        later, group = decode_next(config, params, cache, latent)
+        return select(begins, first, later), to_bytes(single), to_bytes(group)
+
+    return divided(both, mesh, (None, 0, 0, 0), (0, 0, 0))(params, cache, latent, begins)
 
 
 def _decode(decode, config, params, cache, latent, mesh):

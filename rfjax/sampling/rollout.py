@@ -219,7 +219,7 @@ def rollout(
     state, chunks = _whole(config, sizes, dtype, policy, params, embeds, given, drawn.part(0, ends[0]), ends[0], mesh)
     parts = [chunks]
     for switch, begin, end in zip(switches, ends, ends[1:], strict=False):
-        text, state = _switched(model, policy, sizes, switch, state)
+        text, state = switched(model, policy, sizes, switch, state)
         own = drawn.part(begin, end)
         state, chunks = _generate(config, frame_size, policy, params, text, state, own, end - begin, mesh)
         parts.append(chunks)
@@ -263,13 +263,15 @@ def _stream(model, policy, prompt_embeds, sizes, noise, initial_latents, switche
     due = {sizes.chunk_at(switch.start): switch for switch in switches}
     for index in range(sizes.chunks):
         if index in due:
-            text, state = _switched(model, policy, sizes, due[index], state)
+            text, state = switched(model, policy, sizes, due[index], state)
         state, chunk = step(*shared, text, state, noise.at(index), mesh)
         yield chunk
 
 
-def _switched(model, policy, sizes, switch, state):
-    """Return the text and the state after a change of prompt."""
+def switched(
+    model: Model, policy: MemoryPolicy, sizes: Sizes, switch: Switch, state: RolloutState
+) -> tuple[TextContext, RolloutState]:
+    """Return the text and the state after a change of prompt in all samples; the state given is consumed."""
     frames = recached_frames(switch.start, model.config.chunk_frames) if switch.recache else 0
     embeds, kind = spread(jnp.asarray(switch.prompt_embeds), model.mesh), (frames, switch.cut)
     return switch_prompt(model.config, sizes.frame_size, *kind, policy, model.transformer, embeds, state, model.mesh)

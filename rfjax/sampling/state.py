@@ -58,12 +58,12 @@ def empty_state(
 
 
 def state_axes(mesh: Mesh | None, config: ModelConfig, frame_size: tuple[int, int], policy: MemoryPolicy) -> Axes:
-    """Return, for `rfjax.parallel.samples.divided`, which axis of each of the state's arrays counts samples.
+    """Return `state_sample_axes` for `rfjax.parallel.samples.divided`; without a mesh nobody asks, and it is None."""
+    return None if mesh is None else state_sample_axes(config, frame_size, policy)
 
-    Without a mesh nobody asks; the answer is None then.
-    """
-    if mesh is None:
-        return None
+
+def state_sample_axes(config: ModelConfig, frame_size: tuple[int, int], policy: MemoryPolicy) -> list[int | None]:
+    """Return which axis of each of the state's arrays counts samples."""
 
     def make(samples: int) -> RolloutState:
         shape = memory_shape(config, samples, frame_size)

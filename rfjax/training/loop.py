@@ -11,8 +11,8 @@ from rich.console import Console
 
 from rfjax.data.reading import batches
 from rfjax.errors import UserError
+from rfjax.io.run_checkpoints import Checkpoints
 from rfjax.parallel.mesh import check_batch, global_batch, make_mesh, parameter_sharding, place
-from rfjax.training.checkpoints import Checkpoints
 from rfjax.training.config import TrainConfig
 from rfjax.training.metrics import Metrics
 from rfjax.training.optimizer import learning_rate, make_optimizer

@@ -11,6 +11,7 @@ from rfjax.commands.generate import add_arguments
 from rfjax.commands.plan import SHIPPED, fingerprint, latent_frames, make_plan
 from rfjax.errors import UserError
 from rfjax.io.checkpoints import load, save
+from rfjax.io.prompts import Request
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_settings_tell_another_version_of_a_policys_file(tmp_path):
     recorded = []
     for ending in ("", "", "    # another rule\n"):
         path.write_text(source + ending, encoding="utf-8")
-        recorded.append(make_plan(args, ["a fox"], []).settings["policy"])
+        recorded.append(make_plan(args, [Request("a fox")], []).settings["policy"])
     memory.POLICIES.pop("mine")
     assert recorded[0] == recorded[1] != recorded[2]
     known = {"name": "mine", "sink_frames": 3, "tail_frames": 4, "file": "mine.py"}

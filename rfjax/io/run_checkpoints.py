@@ -1,7 +1,7 @@
-"""Checkpoints of a training run: written in the background, complete or absent whenever the process is killed.
+"""Checkpoints of a run, training or generation: written in the background, complete or absent whenever it is killed.
 
 FOLDER/00000200/state/             the arrays, one flat Orbax tree named by their paths in the state
-FOLDER/00000200/record/metadata    JSON: their shapes, types and sums, the reader's position and the run's settings
+FOLDER/00000200/record/metadata    JSON: their shapes, types and sums, the run's position and its settings
 """
 
 import contextlib
@@ -35,20 +35,23 @@ _SHOWN = 200
 class Checkpoints:
     """The checkpoints of one run, used as a context manager: leaving it waits for the last one.
 
-    On several processes every method is called on each, and the folder is one that all of them see.
+    On several processes every method is called on each, and the folder is one that all of them see; unless each has
+    arrays and a folder of its own.
     """
 
-    def __init__(self, folder: Path, keep: int, report: Callable[[str], None] | None = None):
+    def __init__(self, folder: Path, keep: int, report: Callable[[str], None] | None = None, *, own: bool = False):
         """Describe the folder; nothing is made before the context is entered.
 
         Args:
             folder: Where the checkpoints are, or will be.
             keep: How many of the newest stay.
             report: Takes a line about a checkpoint that could not be saved or read; by default it goes to stderr.
+            own: Whether this process alone saves and reads here, whatever other processes there are.
         """
         self._folder = folder.absolute()
         self._keep = keep
         self._report = report or (lambda line: Console(stderr=True).print(line, markup=False, soft_wrap=True))
+        self._together = jax.process_count() > 1 and not own
         self._pending: int | None = None
         self._quiet = contextlib.ExitStack()
 
@@ -57,13 +60,13 @@ class Checkpoints:
         """Step of the newest complete checkpoint, or None."""
         return max(self._steps(), default=None)
 
-    def save(self, step: int, state: Any, reader: Any, settings: dict[str, Any]) -> bool:
+    def save(self, step: int, state: Any, position: Any, settings: dict[str, Any]) -> bool:
         """Start to save a checkpoint, once the one before is done; `state` may be donated right after.
 
         Args:
             step: Names the checkpoint; where it exists already, nothing is done.
             state: Pytree of arrays.
-            reader: Position of the reader of the data, JSON-able; equal on all processes.
+            position: Where the run stands beside its arrays, JSON-able; equal on all processes.
             settings: What the run was started with, JSON-able.
 
         Returns:
@@ -77,7 +80,7 @@ class Checkpoints:
         record = {
             "arrays": {path: [list(leaf.shape), leaf.dtype.name] for path, leaf in arrays.items()},
             "sums": _sums(arrays),
-            "reader": reader,
+            "position": position,
             "settings": settings,
         }
         parts = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), record=ocp.args.JsonSave(record))
@@ -113,7 +116,7 @@ class Checkpoints:
             like: The state as `jax.ShapeDtypeStruct`s with shardings.
 
         Returns:
-            The step, the state and the reader's position.
+            The step, the state and the position.
 
         Raises:
             UserError: there is no checkpoint, all are damaged, or the state has other arrays, shapes or types.
@@ -124,11 +127,11 @@ class Checkpoints:
             raise UserError(f"{self._folder} has no checkpoint of step {step}; {known}")
         for number in [step] if step is not None else reversed(steps):
             try:
-                return number, *_read(self._path(number), like)
+                return number, *_read(self._path(number), like, self._together)
             except DamagedCheckpointError as error:
                 if step is not None:
                     raise
-                self._set_aside(number, error)
+                self.set_aside(number, error)
         raise UserError(f"{self._folder} has no checkpoint that can be restored")
 
     def settings(self, step: int) -> dict[str, Any]:
@@ -146,7 +149,12 @@ class Checkpoints:
             raise UserError(f"cannot make the folder {self._folder}: {error.strerror or error}") from None
         self._clean()
         self._quiet.enter_context(_quiet_orbax())
-        self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        number, options = jax.process_index(), ocp.options.MultiprocessingOptions()
+        if jax.process_count() > 1 and not self._together:
+            options = ocp.options.MultiprocessingOptions(number, {number}, f"rfjax-{number}")
+        composite = ocp.CompositeOptions(multiprocessing_options=options)
+        handler = ocp.CompositeCheckpointHandler(composite_options=composite)
+        self._writer = ocp.AsyncCheckpointer(handler, multiprocessing_options=options)
         return self
 
     def __exit__(
@@ -169,7 +177,8 @@ class Checkpoints:
         self._pending = None
         self._clean()
 
-    def _set_aside(self, step: int, error: Exception) -> None:
+    def set_aside(self, step: int, error: Exception) -> None:
+        """Give a damaged checkpoint another name and report it."""
         path = self._path(step)
         aside = path.with_name(f"{path.name}.damaged")
         self._report(f"warning: {_line(error)}; it is now called {aside.name}, and the one before is taken")
@@ -184,11 +193,11 @@ class Checkpoints:
 
     def _on_disk(self, change: Callable[[], object]) -> None:
         """Let one process change the folder, while the others wait."""
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 or not self._together:
             with contextlib.suppress(OSError):
                 change()
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("rfjax.training.checkpoints")
+        if self._together:
+            multihost_utils.sync_global_devices("rfjax.io.run_checkpoints")
 
 
 @contextlib.contextmanager
@@ -224,8 +233,9 @@ def _remove(path: Path) -> None:
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
+    """Arrays by their paths; those without elements, which cannot be stored, are left out."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves if leaf.size}
 
 
 def _sums(arrays: dict[str, jax.Array]) -> dict[str, int]:
@@ -245,21 +255,26 @@ def _bit_sums(arrays):
 def _read_record(folder: Path) -> dict[str, Any]:
     with readable(folder):
         record = json.loads((folder / "record" / "metadata").read_text(encoding="utf-8"))
-        return {name: record[name] for name in ("arrays", "sums", "reader", "settings")}
+        return {name: record[name] for name in ("arrays", "sums", "position", "settings")}
 
 
-def _read(folder: Path, like: Any) -> tuple[Any, Any]:
-    with _together():
+def _read(folder: Path, like: Any, several: bool) -> tuple[Any, Any]:
+    with _together(several):
         record = _read_record(folder)
     wanted = _by_path(like)
     _check_sizes(folder, record["arrays"], wanted)
-    with _together():
+    with _together(several):
         with readable(folder):
             stores = open_arrays(folder / "state", wanted)
         arrays = {path: _read_array(folder, stores[path], leaf) for path, leaf in wanted.items()}
     if _sums(arrays) != record["sums"]:
         raise DamagedCheckpointError(f"{folder} is damaged: its arrays are not those that were saved")
-    return jax.tree.unflatten(jax.tree.structure(like), arrays.values()), record["reader"]
+    found = iter(arrays.values())
+    state = jax.tree.map(
+        lambda leaf: next(found) if leaf.size else jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding),
+        like,
+    )
+    return state, record["position"]
 
 
 def _read_array(folder: Path, store: tensorstore.TensorStore, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -271,14 +286,14 @@ def _read_array(folder: Path, store: tensorstore.TensorStore, leaf: jax.ShapeDty
 
 
 @contextlib.contextmanager
-def _together() -> Iterator[None]:
-    """Let the block fail on all processes if it does on one: they go on with the same checkpoint."""
+def _together(several: bool) -> Iterator[None]:
+    """Let the block fail on all of several processes if it does on one, so that they go on with the same checkpoint."""
     failure = None
     try:
         yield
     except DamagedCheckpointError as error:
         failure = error
-    if jax.process_count() > 1 and np.any(multihost_utils.process_allgather(np.array(failure is not None))):
+    if several and np.any(multihost_utils.process_allgather(np.array(failure is not None))):
         failure = failure or DamagedCheckpointError("the checkpoint is damaged, as another process found")
     if failure is not None:
         raise failure

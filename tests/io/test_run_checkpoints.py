@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: bit for bit, and whole whatever happens."""
+"""Checkpoints of a run: bit for bit, and whole whatever happens."""
 
 import os
 import random
@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from rfjax.errors import UserError
-from rfjax.training.checkpoints import Checkpoints
+from rfjax.io.run_checkpoints import Checkpoints
 
 READER = {"next_index": 12, "inner": {"epoch": 1}}
 SETTINGS = {"learning_rate": 1e-4}
@@ -170,7 +170,7 @@ FULL_DISK = """
     import resource, sys
     from pathlib import Path
     import jax
-    from test_training_checkpoints import *
+    from test_run_checkpoints import *
     folder, limited = Path(sys.argv[1]), len(sys.argv) > 2
     with Checkpoints(folder, 1) as checkpoints:
         assert checkpoints.save(1, make_state(1), READER, SETTINGS) and checkpoints.wait()
@@ -212,7 +212,7 @@ def test_full_disk_is_one_line_and_the_older_checkpoint_stays(tmp_path):
 SAVING = """
     import sys
     from pathlib import Path
-    from test_training_checkpoints import *
+    from test_run_checkpoints import *
     with Checkpoints(Path(sys.argv[1]), 2) as checkpoints:
         like = abstract(make_state(0, rows=20_000))
         step = -1
@@ -251,7 +251,7 @@ def test_other_number_of_devices(tmp_path):
         import sys
         from pathlib import Path
         from jax.sharding import NamedSharding, PartitionSpec
-        from test_training_checkpoints import *
+        from test_run_checkpoints import *
         mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
         rows, whole = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (["fsdp"], []))
         with Checkpoints(Path(sys.argv[1]), 2) as checkpoints:

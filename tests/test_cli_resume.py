@@ -1,0 +1,330 @@
+"""A job that is stopped at any moment goes on inside its videos, and ends with the same bytes."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_data import make_tiny_checkpoint
+
+from rfjax import cli
+from rfjax.commands import production
+from rfjax.io.manifest import read_jobs
+from rfjax.io.run_checkpoints import Checkpoints
+from rfjax.io.video import read_video
+from rfjax.sampling.batch import Batch, Dispatched
+
+LENGTHS = {"a red circle": 9, "a blue star": 3, "a circle": 6, "a star": 12, "a red star": 6}
+"""Latent frames."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": p, "latent_frames": n}) for p, n in LENGTHS.items()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def flags(checkpoint, prompts):
+    return ["generate", "--checkpoint", str(checkpoint), "--prompt-file", str(prompts), "--batch-size", "2"]
+
+
+@pytest.fixture(scope="module")
+def expected(flags, tmp_path_factory):
+    """The videos of a run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("expected")
+    assert cli.main([*flags, "--output", str(folder)]) == 0
+    return videos(folder)
+
+
+@pytest.fixture
+def generate(flags, tmp_path, capsys):
+    def run(*more: str):
+        code = cli.main([*flags, "--output", str(tmp_path / "o"), *more])
+        printed = capsys.readouterr()
+        return code, printed.out.splitlines(), printed.err.splitlines()
+
+    return run
+
+
+def videos(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.mp4")}
+
+
+def check_complete(folder: Path, expected: dict[str, bytes]) -> None:
+    assert videos(folder) == expected
+    records = {r["file"]: r for r in json.loads((folder / "metadata.json").read_text())["videos"]}
+    assert records.keys() == expected.keys()
+    for record in records.values():
+        chunks = LENGTHS[record["prompt"]] // 3
+        assert len(record["timings"]["chunk_seconds"]) == len(record["selected_frames"]) == chunks
+        assert record["settings"]["latent_frames"] == LENGTHS[record["prompt"]]
+        assert (folder / record["timeline"]).exists()
+    assert {entry["state"] for entry in read_jobs(folder).values()} == {"done"}
+    assert not (folder / ".rfjax").exists()
+
+
+def raise_at(monkeypatch, step: int, error: BaseException) -> list[int]:
+    """Let the batch's step of that number fail."""
+    original, calls = Batch.step, []
+
+    def one(batch):
+        calls.append(len(calls))
+        if len(calls) == step:
+            raise error
+        return original(batch)
+
+    monkeypatch.setattr(Batch, "step", one)
+    return calls
+
+
+def test_videos_of_any_lengths_share_a_batch(generate, expected, tmp_path):
+    code, out, _ = generate()
+    assert code == 0
+    assert re.search(
+        r"5 videos of 16x32 pixels, 9 to 45 frames, .* s at 16 fps: 3 to 12 latent frames in 1 to 4", out[1]
+    )
+    assert re.search(r"chunk 6 of 6", out[-2])  # 12 chunks in two places
+    check_complete(tmp_path / "o", expected)
+    for prompt, frames in LENGTHS.items():
+        assert len(read_video(tmp_path / "o" / f"{prompt}-0.mp4")) == 1 + 4 * (frames - 1)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 6])
+def test_interrupted_jobs_go_on_where_they_were(generate, expected, tmp_path, monkeypatch, step):
+    with monkeypatch.context() as patch:
+        raise_at(patch, step, KeyboardInterrupt())
+        assert generate("--checkpoint-every", "50")[0] == 130
+    with monkeypatch.context() as patch:
+        calls = raise_at(patch, 100, KeyboardInterrupt())
+        assert generate()[0] == 0
+    assert len(calls) == 6 - (step - 1)  # nothing is computed twice
+    check_complete(tmp_path / "o", expected)
+
+
+@pytest.mark.parametrize(("every", "step"), [(1, 3), (2, 4), (2, 6)])
+def test_a_crash_loses_what_came_after_the_last_state(generate, expected, tmp_path, monkeypatch, every, step):
+    with monkeypatch.context() as patch:
+        raise_at(patch, step, RuntimeError("a bug"))
+        with pytest.raises(RuntimeError):
+            generate("--checkpoint-every", str(every))
+    assert generate("--checkpoint-every", str(every))[0] == 0
+    check_complete(tmp_path / "o", expected)
+
+
+def stopped(generate, monkeypatch, step=4) -> None:
+    with monkeypatch.context() as patch:
+        raise_at(patch, step, KeyboardInterrupt())
+        assert generate("--checkpoint-every", "1")[0] == 130
+
+
+def test_a_damaged_state_gives_way_to_the_one_before(generate, expected, tmp_path, monkeypatch):
+    stopped(generate, monkeypatch)
+    states = sorted((tmp_path / "o/.rfjax/0/state").iterdir())
+    for path in (states[-1] / "state").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    code, _, err = generate("--checkpoint-every", "1")
+    assert code == 0
+    assert "is damaged" in err[0]
+    assert "the one before is taken" in err[0]
+    check_complete(tmp_path / "o", expected)
+
+
+def test_without_any_sound_state_the_videos_begin_anew(generate, expected, tmp_path, monkeypatch):
+    stopped(generate, monkeypatch)
+    for path in (tmp_path / "o/.rfjax/0/state").glob("*/record/metadata"):
+        path.write_text("{")
+    assert generate()[0] == 0
+    check_complete(tmp_path / "o", expected)
+
+
+def test_a_damaged_reel_makes_its_video_begin_anew(generate, expected, tmp_path, monkeypatch):
+    stopped(generate, monkeypatch)
+    reels = list((tmp_path / "o/.rfjax/0/reels").glob("*/000000.npz"))
+    reels[0].write_bytes(b"")
+    code, _, err = generate()
+    assert code == 0
+    assert "cannot be read" in err[0]
+    assert "begins anew" in err[0]
+    check_complete(tmp_path / "o", expected)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--seed", "5"], "made with seed 0, this run has 5"),
+        (["--policy", "attention_sink"], 'made with policy {"name": "relax_forcing"'),
+        (["--fps", "8"], "made with fps 16, this run has 8"),
+    ],
+)
+def test_a_state_of_another_run_is_refused(generate, tmp_path, monkeypatch, more, message):
+    stopped(generate, monkeypatch, step=1 + 1)
+    for path in (tmp_path / "o").glob("*.mp4"):
+        path.unlink()  # the records of videos would refuse the run before
+    code, _, err = generate(*more)
+    assert code == 2
+    assert message in err[0]
+    assert "--overwrite" in err[0]
+
+
+def test_another_model_is_refused(generate, tmp_path, monkeypatch):
+    stopped(generate, monkeypatch, step=2)
+    other = make_tiny_checkpoint(tmp_path / "other", seed=1)
+    code, _, err = generate("--checkpoint", str(other))
+    assert code == 2
+    assert "made with checkpoint sha256" in err[0]
+
+
+def test_overwrite_begins_anew(generate, expected, tmp_path, monkeypatch):
+    stopped(generate, monkeypatch)
+    with monkeypatch.context() as patch:
+        calls = raise_at(patch, 100, KeyboardInterrupt())
+        assert generate("--overwrite")[0] == 0
+    assert len(calls) == 6
+    check_complete(tmp_path / "o", expected)
+
+
+def test_a_video_complete_but_for_its_record_is_made_again(generate, expected, tmp_path):
+    assert generate()[0] == 0
+    folder = tmp_path / "o"
+    metadata = json.loads((folder / "metadata.json").read_text())
+    metadata["videos"] = metadata["videos"][1:]
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+    jobs = json.loads((folder / "jobs.json").read_text())
+    lost = next(job for job in jobs["jobs"] if job["file"] not in {r["file"] for r in metadata["videos"]})
+    lost["state"] = "running"
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    assert generate()[0] == 0
+    check_complete(folder, expected)
+
+
+def fail_once_at(monkeypatch, place: int, step: int) -> None:
+    """Say of one place's chunk that it is not finite."""
+    original, calls = Dispatched.fetch, []
+
+    def fetch(made):
+        pieces = original(made)
+        calls.append(None)
+        if len(calls) == step:
+            pieces[place] = type(pieces[place])(pieces[place].frames, pieces[place].trace, False)
+        return pieces
+
+    monkeypatch.setattr(Dispatched, "fetch", fetch)
+
+
+def test_a_video_that_fails_is_tried_again_and_the_others_go_on(generate, expected, tmp_path, monkeypatch):
+    fail_once_at(monkeypatch, 0, 2)
+    assert generate()[0] == 0
+    check_complete(tmp_path / "o", expected)
+
+
+def test_a_video_that_fails_twice_is_recorded_and_the_others_are_complete(generate, expected, tmp_path, monkeypatch):
+    original = production._Production._take
+
+    def take(self, seat, piece, seconds):
+        if seat.job.prompt == "a star" and len(seat.made) == 1:
+            self._lose([seat], "it cannot be")
+        else:
+            original(self, seat, piece, seconds)
+
+    monkeypatch.setattr(production._Production, "_take", take)
+    code, _, err = generate()
+    assert code == 2
+    assert err == ["rfjax: error: a star-0.mp4 failed twice: it cannot be; 4 of 5 are complete"]
+    found = videos(tmp_path / "o")
+    assert found == {name: data for name, data in expected.items() if name != "a star-0.mp4"}
+    entry = read_jobs(tmp_path / "o")["a star-0.mp4"]
+    assert (entry["state"], entry["reason"]) == ("failed", "it cannot be")
+
+
+def test_too_little_memory_makes_the_batch_smaller(generate, expected, tmp_path, monkeypatch):
+    original, places = Batch.step, []
+
+    def step(batch):
+        places.append(len(batch._chunks))
+        if len(batch._chunks) > 1:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return original(batch)
+
+    monkeypatch.setattr(Batch, "step", step)
+    assert generate()[0] == 0
+    assert places == [2] + 12 * [1]
+    check_complete(tmp_path / "o", expected)
+
+
+def test_a_disk_that_is_full_for_the_state_does_not_stop_the_job(generate, expected, tmp_path, monkeypatch):
+    def save(self, step, *_):
+        self._report(f"warning: the checkpoint of step {step} is not saved: no space left on the disk")
+        return False
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    code, _, err = generate("--checkpoint-every", "2")
+    assert code == 0
+    assert "no space left" in err[0]
+    check_complete(tmp_path / "o", expected)
+
+
+def test_the_rolling_sampler_keeps_no_state(generate):
+    code, _, err = generate("--sampler", "rolling", "--checkpoint-every", "2")
+    assert code == 2
+    assert "makes videos of one length" in err[0]
+
+
+def test_states_hold_arrays_without_elements(tmp_path):
+    state = {"empty": jnp.zeros((2, 0, 3)), "full": jnp.arange(6.0)}
+    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+    with Checkpoints(tmp_path, 1, own=True) as checkpoints:
+        assert checkpoints.save(1, state, [None], {})
+        assert checkpoints.wait()
+        _, found, position = checkpoints.restore(None, like)
+    assert position == [None]
+    assert found["empty"].shape == (2, 0, 3)
+    np.testing.assert_array_equal(found["full"], state["full"])
+
+
+# --- killed processes ------------------------------------------------------------------------------------------------
+
+KILLS = 30
+
+
+@pytest.mark.slow
+def test_killed_at_thirty_random_moments_the_bytes_are_the_same(flags, expected, tmp_path, monkeypatch):
+    """Every process but the last is killed; most after it has begun to compute."""
+    rng, folder, kills, survived = random.Random(0), tmp_path / "o", 0, 0
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "true", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    command = [sys.executable, "-m", "rfjax.cli", *flags, "--output", str(folder), "--checkpoint-every", "1"]
+    while kills < KILLS:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while process.poll() is None and not (folder / ".rfjax.lock").exists():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 4))
+        process.send_signal(signal.SIGTERM if rng.random() < 0.2 else signal.SIGKILL)
+        _, err = process.communicate(timeout=120)
+        if process.returncode == 0:  # it was done before: another round
+            check_complete(folder, expected)
+            shutil.rmtree(folder)
+            survived += 1
+            assert survived < KILLS
+            continue
+        assert process.returncode in (-signal.SIGKILL, 143), err
+        kills += 1
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    check_complete(folder, expected)
