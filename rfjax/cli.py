@@ -1,4 +1,4 @@
-"""The command line: `rfjax generate | convert | sweep | data | train | benchmark`.
+"""The command line: `rfjax generate | compile | convert | sweep | data | train | benchmark`.
 
 A mistake of the user is one line on standard error and exit code 2; an interruption is one line and exit code 130, or
 143 for SIGTERM.
@@ -20,6 +20,7 @@ from rfjax.version import rfjax_version
 
 COMMANDS = {
     "generate": ("rfjax.commands.generate", "make videos from prompts"),
+    "compile": ("rfjax.commands.compile", "compile what `rfjax generate` with the same flags will need"),
     "convert": ("checkpoints_convert", "turn PyTorch checkpoints into rfjax checkpoints and back"),
     "sweep": ("rfjax.commands.sweep", "compare memory policies and their settings on the same prompts"),
     "data": ("rfjax.commands.data", "build datasets to train on"),

@@ -310,7 +310,7 @@ def test_mistake_is_one_line_and_nothing_is_written(generate, flags, message):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "no command given; there are: generate, convert, sweep, data, train, benchmark"),
+        ([], "no command given; there are: generate, compile, convert, sweep, data, train, benchmark"),
         (["generat"], "did you mean 'generate'?"),
         (["--versoin"], "unknown argument '--versoin'; did you mean '--version'?"),
         (["convert", "--transfomer", "x.pt"], "unknown argument '--transfomer'; did you mean '--transformer'?"),
@@ -482,7 +482,8 @@ def test_compiled_programs_are_kept_for_the_next_process(checkpoint, tmp_path):
     command += ["--latent-frames", "3", "--overwrite", "--output", str(tmp_path / "o")]
     kept = {}
     for name, own in (("default", {}), ("said", {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "elsewhere")})):
-        environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / name), "JAX_ENABLE_COMPILATION_CACHE": "true"}
+        environment = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
+        environment |= {"XDG_CACHE_HOME": str(tmp_path / name), "JAX_ENABLE_COMPILATION_CACHE": "true"}
         environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | own  # JAX's default is a second
         subprocess.run(command, env=environment, check=True, capture_output=True, timeout=240)
         kept[name] = [path.name for path in (tmp_path / name).rglob("jit_*")]

@@ -307,7 +307,8 @@ KILLS = 30
 def test_killed_at_thirty_random_moments_the_bytes_are_the_same(flags, expected, tmp_path, monkeypatch):
     """Every process but the last is killed; most after it has begun to compute."""
     rng, folder, kills, survived = random.Random(0), tmp_path / "o", 0, 0
-    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "true", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environment |= {"JAX_ENABLE_COMPILATION_CACHE": "true", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     command = [sys.executable, "-m", "rfjax.cli", *flags, "--output", str(folder), "--checkpoint-every", "1"]
     while kills < KILLS:

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from rfjax.commands.flags import add_batch_size, add_dtype, add_settings, mesh, number, whole
-from rfjax.commands.prompt_schedule import read_schedule
+from rfjax.commands.prompt_schedule import ScheduledPrompt, read_schedule
 from rfjax.errors import UserError
 from rfjax.io import prompts
 from rfjax.io.prompts import Request, has_word
@@ -123,15 +123,23 @@ def run(args: argparse.Namespace) -> None:
     """
     from rfjax.commands import generation  # imports JAX
 
+    generation.generate(args, *read_inputs(args))
+
+
+def read_inputs(args: argparse.Namespace) -> tuple[list[Request], list[ScheduledPrompt]]:
+    """Return the prompts of the flags, and the schedule of a prompt that changes.
+
+    Raises:
+        UserError: flags that do not go together, or a file that is wrong.
+    """
     if args.prompt_schedule is None:
         if args.prompt_switch is not None:
             raise UserError(f"--prompt-switch {args.prompt_switch} needs --prompt-schedule")
-        generation.generate(args, read_requests(args.prompt, args.prompt_file), [])
-        return
+        return read_requests(args.prompt, args.prompt_file), []
     if args.sampler != "chunk":
         raise UserError(f"--prompt-schedule does not go with --sampler {args.sampler}, whose chunks overlap; use chunk")
     schedule = read_schedule(args.prompt_schedule)
-    generation.generate(args, [Request(schedule[0].prompt)], schedule)
+    return [Request(schedule[0].prompt)], schedule
 
 
 def read_requests(prompt: str | None, prompt_file: Path | None) -> list[Request]:

@@ -41,6 +41,32 @@ def generate(args: argparse.Namespace, requests: list[Request], schedule: list[S
         UserError: an input is wrong, and nothing has been written; or videos failed, and the others are complete.
     """
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    plan, budget, limit = prepare(args, requests, schedule, console)
+    if not plan.missing:
+        return
+    with out_of_memory_says(needs(budget, limit)):
+        model = on_devices(plan, load(plan.checkpoint, dtype=plan.settings["dtype"]))
+        outputs.make_folder(plan.output)
+        with owning(plan.output):
+            outputs.remove_stale(plan.output)
+            if args.overwrite:
+                discard(plan)
+            _make_all(plan, budget, model, console, args.checkpoint_every or 0)
+    made = plan.missing[0].video if len(plan.missing) == 1 else f"{len(plan.missing)} videos"
+    console.print(f"{made} in {plan.output}")
+
+
+def prepare(
+    args: argparse.Namespace, requests: list[Request], schedule: list[ScheduledPrompt], console: Console
+) -> tuple[Plan, Budget, int | None]:
+    """Plan a run and say what it is, and check all that can be checked before weights are read.
+
+    Returns:
+        The plan, what it needs on a device, and the bytes that a device has, if known.
+
+    Raises:
+        UserError: an input is wrong; nothing has been written.
+    """
     plan = make_plan(args, requests, schedule)
     plan = plan if args.overwrite else as_kept(plan)
     budget = estimate(plan.config, plan.policy, plan.video, plan.settings["dtype"], plan.pass_chunks)
@@ -51,22 +77,16 @@ def generate(args: argparse.Namespace, requests: list[Request], schedule: list[S
     limit = device_limit(jax.devices()[0])
     for line in _introduction(plan, budget, limit):
         console.print(line)
-    if not plan.missing:
-        return
-    check_fits(budget, limit)
-    check_prompts(plan, [job.prompt for job in plan.missing] + [entry.prompt for entry in plan.schedule.values()])
-    with out_of_memory_says(needs(budget, limit)):
-        model = load(plan.checkpoint, dtype=plan.settings["dtype"])
-        if plan.devices > 1:
-            model = data_parallel(model, jax.local_devices()[: plan.devices])
-        outputs.make_folder(plan.output)
-        with owning(plan.output):
-            outputs.remove_stale(plan.output)
-            if args.overwrite:
-                discard(plan)
-            _make_all(plan, budget, model, console, args.checkpoint_every or 0)
-    made = plan.missing[0].video if len(plan.missing) == 1 else f"{len(plan.missing)} videos"
-    console.print(f"{made} in {plan.output}")
+    if plan.missing:
+        check_fits(budget, limit)
+        prompts = [job.prompt for job in plan.missing] + [entry.prompt for entry in plan.schedule.values()]
+        check_prompts(plan, prompts)
+    return plan, budget, limit
+
+
+def on_devices(plan: Plan, model: Model) -> Model:
+    """Return the model on the devices of the plan."""
+    return data_parallel(model, jax.local_devices()[: plan.devices]) if plan.devices > 1 else model
 
 
 def _make_all(plan: Plan, budget: Budget, model: Model, console: Console, checkpoint_every: int) -> None:
@@ -79,7 +99,7 @@ def _make_all(plan: Plan, budget: Budget, model: Model, console: Console, checkp
             Keeper(plan, checkpoint_every) as keeper,
         ):
             encoded = functools.lru_cache(plan.places)(lambda prompt: encode(model, [prompt]))
-            switches = _switches(plan, model)
+            switches = encode_switches(plan, model)
             run = Run(plan, budget, model, encoded, switches, progress, interruptions, manifest, keeper, done)
             failures = produce(run)
     except KeyboardInterrupt as interruption:
@@ -178,7 +198,7 @@ def short_count(number: int) -> str:
     return str(number)
 
 
-def _switches(plan: Plan, model: Model) -> list[Switch]:
+def encode_switches(plan: Plan, model: Model) -> list[Switch]:
     """Encode the prompts that take over in the video."""
     recache = plan.settings.get("prompt_switch") == "recache"
     return [Switch(start, encode(model, [entry.prompt]), recache, entry.cut) for start, entry in plan.schedule.items()]

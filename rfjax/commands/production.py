@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -53,21 +53,34 @@ class Run:
 
     def batch(self, places: int, latent_frames: int) -> Batch | RollingBatch:
         """Return empty places for videos of at most so many latent frames."""
-        plan, video = self.plan, self.plan.video
-        size = video.latent_height, video.latent_width
-        shape = (places, latent_frames, *size, self.model.config.transformer.in_dim)
-        if plan.sampler == "rolling":
-            return RollingBatch(self.model, plan.policy, shape)
-        switches = [
-            dataclasses.replace(switch, prompt_embeds=jnp.repeat(switch.prompt_embeds, places, axis=0))
-            for switch in self.switches
-        ]
-        return Batch(self.model, plan.policy, shape, switches)
+        return empty_places(self.plan, self.model, self.switches, places, latent_frames)
 
     def occupant(self, job: Job) -> Occupant:
         """Return a job's video as it takes its place."""
-        key = keys_from_seed(self.plan.settings["seed"], [job.sample])[0]
-        return Occupant(self.encode(job.prompt), key)
+        return Occupant(self.encode(job.prompt), keys_from_seed(self.plan.settings["seed"], [job.sample])[0])
+
+
+def empty_places(
+    plan: Plan, model: Model, switches: Sequence[Switch], places: int, latent_frames: int
+) -> Batch | RollingBatch:
+    """Return so many empty places, of the plan's sampler.
+
+    Args:
+        plan: of the run.
+        model: that makes the videos.
+        switches: changes of prompt, with embeddings of a single sample.
+        places: videos made together.
+        latent_frames: of the longest.
+    """
+    size = plan.video.latent_height, plan.video.latent_width
+    shape = (places, latent_frames, *size, model.config.transformer.in_dim)
+    if plan.sampler == "rolling":
+        return RollingBatch(model, plan.policy, shape)
+    repeated = [
+        dataclasses.replace(switch, prompt_embeds=jnp.repeat(switch.prompt_embeds, places, axis=0))
+        for switch in switches
+    ]
+    return Batch(model, plan.policy, shape, repeated)
 
 
 def produce(run: Run) -> dict[Job, str]:
