@@ -303,16 +303,23 @@ def test_states_hold_arrays_without_elements(tmp_path):
 KILLS = 30
 
 
-@pytest.mark.slow
-def test_killed_at_thirty_random_moments_the_bytes_are_the_same(flags, expected, tmp_path, monkeypatch):
-    """Every process but the last is killed; most after it has begun to compute."""
-    rng, folder, kills, survived = random.Random(0), tmp_path / "o", 0, 0
+def process_of(command: list[str], cache: Path, devices: int = 1) -> subprocess.Popen:
+    """Start a command whose compiled programs are kept."""
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    environment |= {"JAX_ENABLE_COMPILATION_CACHE": "true", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    command = [sys.executable, "-m", "rfjax.cli", *flags, "--output", str(folder), "--checkpoint-every", "1"]
+    environment |= {"JAX_ENABLE_COMPILATION_CACHE": "true", "XDG_CACHE_HOME": str(cache)}
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    command = [sys.executable, "-m", "rfjax.cli", *command]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+@pytest.mark.slow
+def test_killed_at_thirty_random_moments_the_bytes_are_the_same(flags, expected, tmp_path):
+    """Every process but the last is killed, most of them after they have begun to compute."""
+    rng, folder, kills, survived = random.Random(0), tmp_path / "o", 0, 0
+    command = [*flags, "--output", str(folder), "--checkpoint-every", "1"]
     while kills < KILLS:
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = process_of(command, tmp_path / "cache")
         while process.poll() is None and not (folder / ".rfjax.lock").exists():
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 4))
@@ -326,6 +333,26 @@ def test_killed_at_thirty_random_moments_the_bytes_are_the_same(flags, expected,
             continue
         assert process.returncode in (-signal.SIGKILL, 143), err
         kills += 1
-    done = subprocess.run(command, env=environment, capture_output=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
+    process = process_of(command, tmp_path / "cache")
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    check_complete(folder, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [(2, 1), (1, 2)], ids=["two then one", "one then two"])
+def test_another_number_of_devices_goes_on(flags, expected, tmp_path, devices):
+    folder = tmp_path / "o"
+    command = [*flags, "--output", str(folder), "--checkpoint-every", "1"]
+    per_device = {1: ["--batch-size", "2"], 2: ["--batch-size", "1"]}
+    first, then = devices
+    process = process_of([*command, *per_device[first]], tmp_path / "cache", first)
+    while process.poll() is None and not list(folder.glob(".rfjax/0/state/*/record")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    process = process_of([*command, *per_device[then]], tmp_path / "cache", then)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
     check_complete(folder, expected)
