@@ -11,9 +11,6 @@
 # the end; the last line says how to.
 set -euo pipefail
 
-PROJECT=${PROJECT:?the Google Cloud project}
-ZONE=${ZONE:?a zone with TPU v5p}
-SHARE=${SHARE:?the shared folder, as HOST:/NAME}
 NAME=${NAME:-self-forcing}
 ACCELERATOR=${ACCELERATOR:-v5p-128}           # 64 chips of 95 GB, 16 hosts; mesh 8 x 8, an example a chip
 RUNTIME=${RUNTIME:-v2-alpha-tpuv5}
@@ -21,39 +18,8 @@ SPOT=${SPOT:---spot}                          # cheaper, and taken back at any t
 FSDP=${FSDP:-8}                               # chips that share the parameters
 ACCUMULATE=${ACCUMULATE:-1}                   # batch of 64 / chips: 1 on 64, 4 on 16
 RUN=${RUN:-runs/self_forcing}                 # below SHARE
-MOUNT=/mnt/rfjax                              # of SHARE, on the hosts
-
-tpu() { gcloud compute tpus "$@" --project "$PROJECT" --zone "$ZONE"; }
-on_every_host() { tpu tpu-vm ssh "$NAME" --worker=all --command "$1"; }
-state() { tpu queued-resources describe "$NAME" --format 'value(state.state)' 2> /dev/null || true; }
-
-cd "$(dirname "$0")/.."
-# A slice that was taken back is still listed; it cannot be used again.
-case $(state) in
-  SUSPENDED | FAILED) tpu queued-resources delete "$NAME" --force --quiet ;;
-esac
-if [ -z "$(state)" ]; then
-  # shellcheck disable=SC2086  # no word where SPOT is empty
-  tpu queued-resources create "$NAME" --node-id "$NAME" --accelerator-type "$ACCELERATOR" \
-    --runtime-version "$RUNTIME" $SPOT
-fi
-until [ "$(state)" = ACTIVE ]; do
-  echo "the slice is $(state)"
-  case $(state) in SUSPENDED | FAILED) exit 1 ;; esac
-  sleep 60
-done
-
-code=$(mktemp -d)
-trap 'rm -rf "$code"' EXIT
-git archive --format tar.gz --output "$code/rfjax.tar.gz" HEAD     # what is committed
-tpu tpu-vm scp "$code/rfjax.tar.gz" "$NAME:" --worker=all
-on_every_host "
-  set -e
-  mountpoint -q $MOUNT || { sudo apt-get -qq update && sudo apt-get -qq install -y nfs-common
-    sudo mkdir -p $MOUNT && sudo mount $SHARE $MOUNT; }
-  rm -rf rfjax && mkdir rfjax && tar -xzf rfjax.tar.gz -C rfjax
-  [ -d venv ] || python3.11 -m venv venv || { sudo apt-get -qq install -y python3.11-venv && python3.11 -m venv venv; }
-  venv/bin/pip install -q './rfjax[train]' 'jax[tpu]' -f https://storage.googleapis.com/jax-releases/libtpu_releases.html"
+EXTRA=train
+. "$(dirname "$0")/tpu_slice.sh"
 
 # One process a host; --distributed lets them find each other. They end together: on a SIGTERM to any, saved.
 settings=$(printf ' %q' --set "mesh.fsdp=$FSDP" --set "accumulate=$ACCUMULATE" "$@")

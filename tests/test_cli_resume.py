@@ -136,7 +136,7 @@ def stopped(generate, monkeypatch, step=4) -> None:
 
 def test_a_damaged_state_gives_way_to_the_one_before(generate, expected, tmp_path, monkeypatch):
     stopped(generate, monkeypatch)
-    states = sorted((tmp_path / "o/.rfjax/0/state").iterdir())
+    states = sorted((tmp_path / "o/.rfjax/process-0/state").iterdir())
     for path in (states[-1] / "state").rglob("d/*"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     code, _, err = generate("--checkpoint-every", "1")
@@ -148,7 +148,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(generate, expected, tmp_pat
 
 def test_without_any_sound_state_the_videos_begin_anew(generate, expected, tmp_path, monkeypatch):
     stopped(generate, monkeypatch)
-    for path in (tmp_path / "o/.rfjax/0/state").glob("*/record/metadata"):
+    for path in (tmp_path / "o/.rfjax/process-0/state").glob("*/record/metadata"):
         path.write_text("{")
     assert generate()[0] == 0
     check_complete(tmp_path / "o", expected)
@@ -156,7 +156,7 @@ def test_without_any_sound_state_the_videos_begin_anew(generate, expected, tmp_p
 
 def test_a_damaged_reel_makes_its_video_begin_anew(generate, expected, tmp_path, monkeypatch):
     stopped(generate, monkeypatch)
-    reels = list((tmp_path / "o/.rfjax/0/reels").glob("*/000000.npz"))
+    reels = list((tmp_path / "o/.rfjax/process-0/reels").glob("*/000000.npz"))
     reels[0].write_bytes(b"")
     code, _, err = generate()
     assert code == 0
@@ -289,7 +289,7 @@ def test_the_rolling_sampler_keeps_no_state(generate):
 def test_states_hold_arrays_without_elements(tmp_path):
     state = {"empty": jnp.zeros((2, 0, 3)), "full": jnp.arange(6.0)}
     like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
-    with Checkpoints(tmp_path, 1, own=True) as checkpoints:
+    with Checkpoints(tmp_path, 1) as checkpoints:
         assert checkpoints.save(1, state, [None], {})
         assert checkpoints.wait()
         _, found, position = checkpoints.restore(None, like)
@@ -347,7 +347,7 @@ def test_another_number_of_devices_goes_on(flags, expected, tmp_path, devices):
     per_device = {1: ["--batch-size", "2"], 2: ["--batch-size", "1"]}
     first, then = devices
     process = process_of([*command, *per_device[first]], tmp_path / "cache", first)
-    while process.poll() is None and not list(folder.glob(".rfjax/0/state/*/record")):
+    while process.poll() is None and not list(folder.glob(".rfjax/process-0/state/*/record")):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from rfjax.commands.generation import encode, encode_switches, on_devices, prepare
+from rfjax.commands.generation import encode, encode_switches, on_devices, prepare, who
 from rfjax.commands.plan import Plan
 from rfjax.commands.production import empty_places
 from rfjax.commands.prompt_schedule import ScheduledPrompt
@@ -38,7 +38,7 @@ def compile_programs(args: argparse.Namespace, requests: list[Request], schedule
     if folder is None or not config.jax_enable_compilation_cache:
         raise UserError("compiled programs are not kept here; set JAX_COMPILATION_CACHE_DIR to a folder for them")
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
-    plan, budget, limit = prepare(args, requests, schedule, console)
+    plan, budget, limit = prepare(args, requests, schedule, console, who(args))
     if not plan.missing:
         return
     before, since = _programs(folder), time.perf_counter()

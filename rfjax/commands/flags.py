@@ -4,6 +4,8 @@ import argparse
 import math
 from collections.abc import Callable
 
+from rfjax.parallel.processes import Processes
+
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     """Return the reader of a whole number within bounds."""
@@ -43,6 +45,20 @@ def mesh(text: str) -> int:
     if axis != "data":
         raise argparse.ArgumentTypeError(f"{text!r} is not data=N; videos are divided among devices, nothing else yet")
     return whole(1)(size)
+
+
+def processes(text: str) -> Processes | None:
+    """Read `HOST:PORT,COUNT,INDEX`; None stands for `auto`."""
+    if text == "auto":
+        return None
+    address, *numbers = text.split(",")
+    host, _, port = address.rpartition(":")
+    if not host or len(numbers) != 2 or not all(part.isdecimal() for part in (port, *numbers)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto or HOST:PORT,COUNT,INDEX, such as 10.0.0.2:8476,4,0")
+    count, index = map(int, numbers)
+    if index >= count:
+        raise argparse.ArgumentTypeError(f"{text!r} has the index {index}; it must be from 0 to {count - 1}")
+    return Processes(address, count, index)
 
 
 def add_settings(parser: argparse._ActionsContainer, what: str) -> None:

@@ -4,11 +4,12 @@ import argparse
 import math
 from pathlib import Path
 
-from rfjax.commands.flags import add_batch_size, add_dtype, add_settings, mesh, number, whole
+from rfjax.commands.flags import add_batch_size, add_dtype, add_settings, mesh, number, processes, whole
 from rfjax.commands.prompt_schedule import ScheduledPrompt, read_schedule
 from rfjax.errors import UserError
 from rfjax.io import prompts
 from rfjax.io.prompts import Request, has_word
+from rfjax.parallel.processes import ALONE
 
 DEFAULT_PROMPT = "a red circle bounces and a blue square turns on a dark background"
 DEFAULT_SECONDS = 10.0
@@ -92,6 +93,21 @@ def _add_how(how: argparse._ArgumentGroup) -> None:
         metavar="data=N",
         type=mesh,
         help="devices that share the videos to be made (default: all that this machine has)",
+    )
+    how.add_argument(
+        "--processes",
+        metavar="WHICH",
+        type=processes,
+        default=ALONE,
+        help="be one of several processes that divide the videos and share --output: auto (TPU pod slice, Slurm) or "
+        "HOST:PORT,COUNT,INDEX with the address of process 0",
+    )
+    how.add_argument(
+        "--processes-timeout",
+        metavar="S",
+        type=_seconds,
+        default=300.0,
+        help="seconds to wait until all processes are there (default: 300)",
     )
     add_dtype(how)
 

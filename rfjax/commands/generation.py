@@ -24,8 +24,10 @@ from rfjax.io.checkpoints import TOKENIZER, load
 from rfjax.io.manifest import JOBS, Entry, Manifest
 from rfjax.io.ownership import owning
 from rfjax.io.prompts import Request
+from rfjax.io.reports import merge, remove_working_folders, report_folder
 from rfjax.models.model import Model
 from rfjax.models.tokenizer import Tokenizer
+from rfjax.parallel.processes import ALONE, Processes, RollCall, detect
 from rfjax.parallel.samples import data_parallel
 from rfjax.sampling import rolling
 from rfjax.sampling.budget import GB, Budget, check_fits, device_limit, estimate, needs, out_of_memory_says
@@ -40,24 +42,67 @@ def generate(args: argparse.Namespace, requests: list[Request], schedule: list[S
     Raises:
         UserError: an input is wrong, and nothing has been written; or videos failed, and the others are complete.
     """
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
-    plan, budget, limit = prepare(args, requests, schedule, console)
+    processes = who(args)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=processes.index > 0)
+    plan, budget, limit = prepare(args, requests, schedule, console, processes)
+    # All have looked at the folder before anyone writes, so that all divide the same videos.
+    with RollCall(processes, args.processes_timeout) as together:
+        if not plan.missing and (processes.index or not plan.elsewhere):
+            return
+        own = report_folder(plan.output, processes.index)
+        outputs.make_folder(own)
+        with owning(own):
+            failure = ""
+            try:
+                _make_share(args, plan, budget, limit, console)
+            except UserError as error:
+                if processes.index:
+                    raise
+                failure = str(error)
+            if processes.index == 0:
+                _collect(plan, together, failure)
+
+
+def who(args: argparse.Namespace) -> Processes:
+    """Return the processes that `--processes` names."""
+    return detect(args.processes_timeout) if args.processes is None else args.processes
+
+
+def _collect(plan: Plan, together: RollCall, failure: str) -> None:
+    """Wait, in process 0, for the others, and merge what they report.
+
+    Raises:
+        UserError: this process or another has failed.
+    """
+    failures = together.failures()
+    merge(plan.output)
+    if not failure and not failures:
+        remove_working_folders(plan.output)
+    others = "; ".join(f"process {index}: {reason}" for index, reason in failures.items())
+    if failure or others:
+        raise UserError("; ".join(filter(None, (failure, others))))
+
+
+def _make_share(args: argparse.Namespace, plan: Plan, budget: Budget, limit: int | None, console: Console) -> None:
+    """Make this process's videos."""
     if not plan.missing:
         return
     with out_of_memory_says(needs(budget, limit)):
         model = on_devices(plan, load(plan.checkpoint, dtype=plan.settings["dtype"]))
-        outputs.make_folder(plan.output)
-        with owning(plan.output):
-            outputs.remove_stale(plan.output)
-            if args.overwrite:
-                discard(plan)
-            _make_all(plan, budget, model, console, args.checkpoint_every or 0)
+        outputs.remove_stale(plan.output)
+        if args.overwrite:
+            discard(plan)
+        _make_all(plan, budget, model, console, args.checkpoint_every or 0)
     made = plan.missing[0].video if len(plan.missing) == 1 else f"{len(plan.missing)} videos"
     console.print(f"{made} in {plan.output}")
 
 
 def prepare(
-    args: argparse.Namespace, requests: list[Request], schedule: list[ScheduledPrompt], console: Console
+    args: argparse.Namespace,
+    requests: list[Request],
+    schedule: list[ScheduledPrompt],
+    console: Console,
+    processes: Processes = ALONE,
 ) -> tuple[Plan, Budget, int | None]:
     """Plan a run and say what it is, and check all that can be checked before weights are read.
 
@@ -67,7 +112,7 @@ def prepare(
     Raises:
         UserError: an input is wrong; nothing has been written.
     """
-    plan = make_plan(args, requests, schedule)
+    plan = make_plan(args, requests, schedule, processes)
     plan = plan if args.overwrite else as_kept(plan)
     budget = estimate(plan.config, plan.policy, plan.video, plan.settings["dtype"], plan.pass_chunks)
     if plan.sampler == "rolling":
@@ -91,7 +136,7 @@ def on_devices(plan: Plan, model: Model) -> Model:
 
 def _make_all(plan: Plan, budget: Budget, model: Model, console: Console, checkpoint_every: int) -> None:
     done: list[Job] = []
-    manifest = Manifest(plan.output, _entries(plan))
+    manifest = Manifest(report_folder(plan.output, plan.processes.index), _entries(plan))
     try:
         with (
             Interruptions() as interruptions,
@@ -114,8 +159,8 @@ def _make_all(plan: Plan, budget: Budget, model: Model, console: Console, checkp
 
 
 def _entries(plan: Plan) -> list[Entry]:
-    """Return what the manifest says of the videos asked for when a run begins."""
-    missing = set(plan.missing)
+    """Return what this process's manifest says of videos when a run begins: the first's of all that are asked for."""
+    missing = {*plan.missing, *plan.elsewhere}
     return [
         {
             "file": job.video,
@@ -124,7 +169,7 @@ def _entries(plan: Plan) -> list[Entry]:
             "chunks": plan.of(job).chunks,
             "state": "pending" if job in missing else "done",
         }
-        for job in plan.asked
+        for job in (plan.missing if plan.processes.index else plan.asked)
     ]
 
 
@@ -140,7 +185,7 @@ def _introduction(plan: Plan, budget: Budget, limit: int | None) -> list[str]:
     ]
     if plan.config.description:
         lines.append(f"note: {plan.config.description}")
-    if finished := len(plan.asked) - len(plan.missing):
+    if finished := len(plan.asked) - len(plan.missing) - len(plan.elsewhere):
         lines.append(
             f"{finished} of {len(plan.asked)} videos are in {plan.output} already (--overwrite makes them anew)"
         )
@@ -148,6 +193,8 @@ def _introduction(plan: Plan, budget: Budget, limit: int | None) -> list[str]:
         lines.append(f"left as they are, though {outputs.METADATA} does not know them: {', '.join(plan.unrecorded)}")
     if plan.missing:
         lines.append(_size(plan))
+    if plan.elsewhere:
+        lines.append(f"{len(plan.elsewhere)} others by the other {plan.processes.count - 1} processes")
     if plan.missing and plan.schedule:
         lines.append(_changes(plan))
     return lines

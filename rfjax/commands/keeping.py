@@ -1,7 +1,7 @@
 """What lets `rfjax generate` go on inside its videos: the batch's state, kept now and then in the output folder.
 
-OUTPUT/.rfjax/PROCESS/state/   the newest states, from `rfjax.io.run_checkpoints`
-OUTPUT/.rfjax/PROCESS/reels/   the finished chunks of unfinished videos, a folder each
+OUTPUT/.rfjax/process-K/state/   the newest states of process K, from `rfjax.io.run_checkpoints`
+OUTPUT/.rfjax/process-K/reels/   the finished chunks of its unfinished videos, a folder each
 """
 
 import contextlib
@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,6 +21,7 @@ from rfjax.errors import UserError
 from rfjax.io.checkpoints import DamagedCheckpointError
 from rfjax.io.outputs import differing
 from rfjax.io.reels import Reel
+from rfjax.io.reports import working_folder
 from rfjax.io.run_checkpoints import Checkpoints
 from rfjax.memory import Trace
 from rfjax.sampling.batch import Batch, BatchState
@@ -29,7 +29,6 @@ from rfjax.sampling.jobs import Job
 from rfjax.sampling.pipeline import VideoChunk
 from rfjax.sampling.rolling_batch import RollingBatch
 
-_FOLDER = ".rfjax"
 _KEPT = 2
 """States that stay: if the newest is damaged, there is the one before."""
 
@@ -114,13 +113,11 @@ class Keeper:
     def clear(self) -> None:
         """Remove what is kept: nothing is unfinished any more."""
         self._close()
-        shutil.rmtree(self._folder, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            self._folder.parent.rmdir()
+        discard(self._plan)
 
     def __enter__(self) -> "Keeper":
         if self.every or _states(self._plan).exists():
-            checkpoints = Checkpoints(_states(self._plan), _KEPT, own=True)
+            checkpoints = Checkpoints(_states(self._plan), _KEPT)
             self._checkpoints = self._stack.enter_context(checkpoints)
         return self
 
@@ -141,7 +138,7 @@ def as_kept(plan: Plan) -> Plan:
     folder = _states(plan)
     if not folder.exists():
         return plan
-    checkpoints = Checkpoints(folder, _KEPT, own=True)
+    checkpoints = Checkpoints(folder, _KEPT)
     if checkpoints.latest is None:
         return plan
     try:
@@ -155,8 +152,9 @@ def as_kept(plan: Plan) -> Plan:
 
 
 def discard(plan: Plan) -> None:
-    """Remove what an earlier run kept."""
-    shutil.rmtree(_folder(plan), ignore_errors=True)
+    """Remove what was kept."""
+    for name in ("state", "reels"):
+        shutil.rmtree(_folder(plan) / name, ignore_errors=True)
 
 
 def to_reel(frames: np.ndarray, trace: Trace, seconds: float) -> dict[str, np.ndarray]:
@@ -179,7 +177,7 @@ def without_pixels(frames: np.ndarray, trace: Trace, seconds: float) -> VideoChu
 
 
 def _folder(plan: Plan) -> Path:
-    return plan.output / _FOLDER / str(jax.process_index())
+    return working_folder(plan.output, plan.processes.index)
 
 
 def _states(plan: Plan) -> Path:

@@ -20,8 +20,10 @@ from rfjax.io.checkpoints import CONFIG, TOKENIZER, check_dtype, load_checkpoint
 from rfjax.io.manifest import read_jobs
 from rfjax.io.paths import kind_of
 from rfjax.io.prompts import Request
+from rfjax.io.reports import all_records
 from rfjax.memory import MemoryPolicy, parse
 from rfjax.memory.policy_file import policy_source
+from rfjax.parallel.processes import ALONE, Processes
 from rfjax.sampling.budget import VideoShape
 from rfjax.sampling.jobs import Job, expand, longest_first, places_for
 from rfjax.sampling.switching import WINDOW_CHUNKS
@@ -49,7 +51,9 @@ class Plan:
     asked: list[Job]
     """Videos asked for."""
     missing: list[Job]
-    """Those that the output folder does not hold yet (all, with --overwrite)."""
+    """Those that the output folder does not hold yet (all, with --overwrite), as far as this process makes them."""
+    elsewhere: list[Job]
+    """Those that other processes make."""
     unrecorded: list[str]
     """Files that stay as they are though the folder's metadata does not say how they were made."""
     places: int
@@ -64,6 +68,8 @@ class Plan:
 
     devices: int = 1
     """How many devices share each batch."""
+    processes: Processes = ALONE
+    """Who makes the videos."""
 
     @property
     def video(self) -> VideoShape:
@@ -108,13 +114,19 @@ class Plan:
         return self.vae.temporal_factor / self.settings["fps"]
 
 
-def make_plan(args: argparse.Namespace, requests: Sequence[Request], schedule: list[ScheduledPrompt]) -> Plan:
+def make_plan(
+    args: argparse.Namespace,
+    requests: Sequence[Request],
+    schedule: list[ScheduledPrompt],
+    processes: Processes = ALONE,
+) -> Plan:
     """Check everything that can be checked before weights are read, and write nothing.
 
     Args:
         args: of `rfjax generate`.
         requests: a video each, times the samples.
         schedule: changes of prompt, the first one's beginning among them; empty if the prompt does not change.
+        processes: that divide the videos.
 
     Raises:
         UserError: anything wrong with the flags, the checkpoint's sizes or the output folder.
@@ -153,7 +165,7 @@ def make_plan(args: argparse.Namespace, requests: Sequence[Request], schedule: l
         settings["prompt_schedule"] = [dataclasses.asdict(entry) for entry in schedule]
         settings["prompt_switch"] = args.prompt_switch or "recache"
     outputs.check_writable(args.output)
-    recorded = outputs.read_records(args.output).keys()
+    recorded = all_records(args.output).keys()
     if not args.overwrite:
         outputs.check_settings(args.output, settings, {job.video: job.latent_frames for job in asked})
     # Between a video's last byte and its record lies a moment in which a run may be killed.
@@ -164,6 +176,10 @@ def make_plan(args: argparse.Namespace, requests: Sequence[Request], schedule: l
         if args.overwrite or job.video in begun or kind_of(args.output / job.video, "the video") == "missing"
     ]
     kept = set(asked) - set(missing)
+    # Shares of all videos, so that a process finds the videos again whose state it has kept.
+    share = set(processes.share(longest_first(asked)))
+    elsewhere = [job for job in missing if job not in share]
+    missing = [job for job in missing if job in share]
     devices = max(1, min(_devices(args), len(missing)))
     return Plan(
         checkpoint=checkpoint,
@@ -173,6 +189,7 @@ def make_plan(args: argparse.Namespace, requests: Sequence[Request], schedule: l
         settings=settings,
         asked=asked,
         missing=missing,
+        elsewhere=elsewhere,
         unrecorded=sorted(job.video for job in kept if job.video not in recorded),
         places=places_for(len(missing), args.batch_size, devices),
         output=args.output,
@@ -180,6 +197,7 @@ def make_plan(args: argparse.Namespace, requests: Sequence[Request], schedule: l
         sampler=args.sampler,
         schedule=starts,
         devices=devices,
+        processes=processes,
     )
 
 

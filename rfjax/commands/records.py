@@ -10,6 +10,7 @@ import numpy as np
 from rfjax.commands.plan import Plan
 from rfjax.io import outputs
 from rfjax.io.plots import memory_timeline
+from rfjax.io.reports import report_folder
 from rfjax.memory import Trace
 from rfjax.sampling.budget import Budget
 from rfjax.sampling.jobs import Job
@@ -36,9 +37,9 @@ def write_records(
         UserError: something cannot be written.
     """
     trace = jax.tree.map(lambda *parts: np.stack(parts), *(chunk.trace for chunk in chunks))
-    with outputs.updating(plan.output) as records:
+    with outputs.updating(report_folder(plan.output, plan.processes.index)) as records:
         for index, job in jobs.items():
-            timeline = outputs.timeline_name(records, job.prompt, job.sample)
+            timeline = outputs.timeline_name(records, job.prompt, job.sample, plan.processes.index == 0)
             _draw_timeline(plan, trace, index, job, timeline)
             records[job.video] = _record(plan, budget, chunks, index, job, timeline, batch_size)
 

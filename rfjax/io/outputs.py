@@ -130,14 +130,14 @@ def _show(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
 
 
-def timeline_name(records: Mapping[str, Record], prompt: str, sample: int) -> str:
+def timeline_name(records: Mapping[str, Record], prompt: str, sample: int, first: bool = True) -> str:
     """Return the file name of a video's timeline.
 
-    It is `memory_timeline.png` unless another video of the folder has that one, and `<prompt>-<sample>.timeline.png`
-    then.
+    It is `memory_timeline.png`, and `<prompt>-<sample>.timeline.png` where another video of the folder has that one or
+    this process is not the `first`.
     """
     video = video_name(prompt, sample)
-    taken = any(record["timeline"] == TIMELINE and file != video for file, record in records.items())
+    taken = not first or any(record["timeline"] == TIMELINE and file != video for file, record in records.items())
     return output_name(prompt, sample, ".timeline.png") if taken else TIMELINE
 
 

@@ -35,23 +35,20 @@ _SHOWN = 200
 class Checkpoints:
     """The checkpoints of one run, used as a context manager: leaving it waits for the last one.
 
-    On several processes every method is called on each, and the folder is one that all of them see; unless each has
-    arrays and a folder of its own.
+    On several processes every method is called on each, and the folder is one that all of them see.
     """
 
-    def __init__(self, folder: Path, keep: int, report: Callable[[str], None] | None = None, *, own: bool = False):
+    def __init__(self, folder: Path, keep: int, report: Callable[[str], None] | None = None):
         """Describe the folder; nothing is made before the context is entered.
 
         Args:
             folder: Where the checkpoints are, or will be.
             keep: How many of the newest stay.
             report: Takes a line about a checkpoint that could not be saved or read; by default it goes to stderr.
-            own: Whether this process alone saves and reads here, whatever other processes there are.
         """
         self._folder = folder.absolute()
         self._keep = keep
         self._report = report or (lambda line: Console(stderr=True).print(line, markup=False, soft_wrap=True))
-        self._together = jax.process_count() > 1 and not own
         self._pending: int | None = None
         self._quiet = contextlib.ExitStack()
 
@@ -127,7 +124,7 @@ class Checkpoints:
             raise UserError(f"{self._folder} has no checkpoint of step {step}; {known}")
         for number in [step] if step is not None else reversed(steps):
             try:
-                return number, *_read(self._path(number), like, self._together)
+                return number, *_read(self._path(number), like)
             except DamagedCheckpointError as error:
                 if step is not None:
                     raise
@@ -149,12 +146,7 @@ class Checkpoints:
             raise UserError(f"cannot make the folder {self._folder}: {error.strerror or error}") from None
         self._clean()
         self._quiet.enter_context(_quiet_orbax())
-        number, options = jax.process_index(), ocp.options.MultiprocessingOptions()
-        if jax.process_count() > 1 and not self._together:
-            options = ocp.options.MultiprocessingOptions(number, {number}, f"rfjax-{number}")
-        composite = ocp.CompositeOptions(multiprocessing_options=options)
-        handler = ocp.CompositeCheckpointHandler(composite_options=composite)
-        self._writer = ocp.AsyncCheckpointer(handler, multiprocessing_options=options)
+        self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         return self
 
     def __exit__(
@@ -193,10 +185,10 @@ class Checkpoints:
 
     def _on_disk(self, change: Callable[[], object]) -> None:
         """Let one process change the folder, while the others wait."""
-        if jax.process_index() == 0 or not self._together:
+        if jax.process_index() == 0:
             with contextlib.suppress(OSError):
                 change()
-        if self._together:
+        if jax.process_count() > 1:
             multihost_utils.sync_global_devices("rfjax.io.run_checkpoints")
 
 
@@ -258,12 +250,12 @@ def _read_record(folder: Path) -> dict[str, Any]:
         return {name: record[name] for name in ("arrays", "sums", "position", "settings")}
 
 
-def _read(folder: Path, like: Any, several: bool) -> tuple[Any, Any]:
-    with _together(several):
+def _read(folder: Path, like: Any) -> tuple[Any, Any]:
+    with _together():
         record = _read_record(folder)
     wanted = _by_path(like)
     _check_sizes(folder, record["arrays"], wanted)
-    with _together(several):
+    with _together():
         with readable(folder):
             stores = open_arrays(folder / "state", wanted)
         arrays = {path: _read_array(folder, stores[path], leaf) for path, leaf in wanted.items()}
@@ -286,14 +278,14 @@ def _read_array(folder: Path, store: tensorstore.TensorStore, leaf: jax.ShapeDty
 
 
 @contextlib.contextmanager
-def _together(several: bool) -> Iterator[None]:
-    """Let the block fail on all of several processes if it does on one, so that they go on with the same checkpoint."""
+def _together() -> Iterator[None]:
+    """Let the block fail on all processes if it does on one: they go on with the same checkpoint."""
     failure = None
     try:
         yield
     except DamagedCheckpointError as error:
         failure = error
-    if several and np.any(multihost_utils.process_allgather(np.array(failure is not None))):
+    if jax.process_count() > 1 and np.any(multihost_utils.process_allgather(np.array(failure is not None))):
         failure = failure or DamagedCheckpointError("the checkpoint is damaged, as another process found")
     if failure is not None:
         raise failure

@@ -1,0 +1,63 @@
+"""What processes that share an output folder say of their videos: a folder each, merged by the first.
+
+OUTPUT/.rfjax/process-K/ has what is process K's: its lock, `metadata.json` and `jobs.json` (the first's are in OUTPUT),
+and what it keeps of unfinished videos.
+"""
+
+import shutil
+from pathlib import Path
+
+from rfjax.io import manifest, outputs
+
+_FOLDER = ".rfjax"
+
+
+def working_folder(output: Path, index: int) -> Path:
+    """Return where a process has what is its own alone."""
+    return output / _FOLDER / f"process-{index}"
+
+
+def report_folder(output: Path, index: int) -> Path:
+    """Return where a process keeps its records: the first in the output folder itself."""
+    return working_folder(output, index) if index else output
+
+
+def all_records(output: Path) -> dict[str, outputs.Record]:
+    """Return the records of the videos in a folder, also those that a process which died left unmerged.
+
+    Raises:
+        UserError: a file cannot be read or was not written by rfjax.
+    """
+    records = outputs.read_records(output)
+    for folder in _folders(output):
+        records |= outputs.read_records(folder)
+    return records
+
+
+def merge(output: Path) -> None:
+    """Add what all processes report to the folder's own files; for the process that owns the folder.
+
+    Raises:
+        UserError: a report cannot be read, or the folder's files cannot be written.
+    """
+    folders = _folders(output)
+    reports = {folder: outputs.read_records(folder) for folder in folders}
+    if any(reports.values()):
+        with outputs.updating(output) as records:
+            for report in reports.values():
+                records.update(report)
+    entries = [entry for folder in folders for entry in manifest.read_jobs(folder).values()]
+    if entries:
+        manifest.Manifest(output, entries)
+    for folder in folders:
+        for name in (outputs.METADATA, manifest.JOBS):
+            (folder / name).unlink(missing_ok=True)
+
+
+def remove_working_folders(output: Path) -> None:
+    """Remove what processes had for themselves, when nothing is unfinished."""
+    shutil.rmtree(output / _FOLDER, ignore_errors=True)
+
+
+def _folders(output: Path) -> list[Path]:
+    return sorted(output.glob(f"{_FOLDER}/process-*"))

@@ -1,0 +1,194 @@
+"""Several processes that divide independent work: who is there at the start, and how each ended.
+
+Nothing is computed together, so JAX's own service is not started: it would abort every process when one dies or does
+not arrive. Its detection of clusters (TPU pods, Slurm, Kubernetes, MPI) says who is who; the rest is one connection
+from each process to process 0, which lasts as long as the process.
+"""
+
+import contextlib
+import dataclasses
+import os
+import socket
+import time
+from collections.abc import Sequence
+from typing import TypeVar
+
+from rfjax.errors import UserError
+
+Item = TypeVar("Item")
+_DONE = "done"
+_REPLY_SECONDS = 30.0
+"""How much longer than process 0 the others wait, for its word about who is missing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """The processes of a job, seen from one of them."""
+
+    address: str = ""
+    """`HOST:PORT` where process 0 listens."""
+    count: int = 1
+    index: int = 0
+    """Number of this process."""
+
+    def share(self, items: Sequence[Item]) -> list[Item]:
+        """Return this process's part of what is to be done: every `count`-th item."""
+        return list(items[self.index :: self.count])
+
+
+ALONE = Processes()
+
+
+def detect(timeout: float) -> Processes:
+    """Find the processes of a TPU pod slice, a Slurm job or another cluster that JAX knows, or JAX's own variables.
+
+    Raises:
+        UserError: there is no such cluster.
+    """
+    from jax._src.clusters import ClusterEnv  # the public initialize() would also connect, and abort where one lacks
+
+    given = os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, [0], None, int(timeout)
+    try:
+        address, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(*given)
+    except Exception as error:  # each cluster's own
+        raise UserError(f"--processes auto failed: {' '.join(str(error).split())}") from None
+    if address is None or count is None or index is None:
+        raise UserError(
+            "--processes auto found no cluster, such as a TPU pod slice or Slurm; give HOST:PORT,COUNT,INDEX instead"
+        )
+    return Processes(address, count, index)
+
+
+class RollCall:
+    """A context that begins when all processes are there and, on process 0, ends when all have ended.
+
+    A process that leaves it with an exception reports that; one that dies is noticed by its connection.
+    """
+
+    def __init__(self, processes: Processes, timeout: float = 300.0):
+        """Prepare.
+
+        Args:
+            processes: who takes part.
+            timeout: seconds to wait for all.
+        """
+        self.processes = processes
+        self._deadline = time.monotonic() + timeout
+        self._timeout = timeout
+        self._peers: dict[int, socket.socket] = {}
+
+    def __enter__(self) -> "RollCall":
+        """Wait for all.
+
+        Raises:
+            UserError: some did not arrive; the message has their numbers.
+        """
+        if self.processes.count > 1:
+            (self._connect if self.processes.index else self._gather)()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if self.processes.index:
+            word = _DONE if kind is None else " ".join(f"{error}".split()) or kind.__name__
+            with contextlib.suppress(OSError):  # process 0 may have ended before
+                self._peers[0].sendall(word.encode())
+        if self.processes.index or kind is not None:
+            self._close()
+
+    def failures(self) -> dict[int, str]:
+        """Wait, on process 0, for the others to end; return what went wrong by the number of the process."""
+        ends = {index: _read_all(peer) for index, peer in sorted(self._peers.items())}
+        self._close()
+        return {index: end or "it died" for index, end in ends.items() if end != _DONE}
+
+    def _gather(self) -> None:
+        """Let the others connect, and tell each when all have."""
+        port = int(self.processes.address.rpartition(":")[2])
+        try:
+            listener = socket.create_server(("", port))
+        except OSError as error:
+            raise UserError(f"process 0 cannot listen at port {port}: {error.strerror or error}") from None
+        with listener:
+            while missing := self._missing():
+                listener.settimeout(max(self._deadline - time.monotonic(), 0.001))
+                try:
+                    peer, _ = listener.accept()
+                except TimeoutError:
+                    word = self._word(missing)
+                    self._tell(word)
+                    raise UserError(word) from None
+                self._admit(peer, missing)
+        self._tell("go\n")
+
+    def _admit(self, peer: socket.socket, missing: list[int]) -> None:
+        peer.settimeout(5)
+        try:
+            index, count = map(int, peer.recv(64).split())
+        except (OSError, ValueError):  # a stranger
+            peer.close()
+            return
+        if count == self.processes.count and index in missing:
+            peer.settimeout(None)
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            self._peers[index] = peer
+            return
+        with peer, contextlib.suppress(OSError):
+            peer.sendall(f"process {index} of {count} is there already, or no part of {self.processes.count}".encode())
+
+    def _missing(self) -> list[int]:
+        return [index for index in range(1, self.processes.count) if index not in self._peers]
+
+    def _word(self, missing: list[int]) -> str:
+        names = ", ".join(map(str, missing))
+        return (
+            f"{len(missing)} of {self.processes.count} processes did not arrive at {self.processes.address} within "
+            f"{self._timeout:g} s: {names}; start them, or ask for fewer"
+        )
+
+    def _tell(self, word: str) -> None:
+        for peer in self._peers.values():
+            with contextlib.suppress(OSError):  # its end is noticed later
+                peer.sendall(word.encode())
+                if word != "go\n":
+                    peer.close()
+
+    def _connect(self) -> None:
+        """Report to process 0 and wait for its word."""
+        peer = self._reach()
+        self._peers[0] = peer
+        try:
+            peer.sendall(f"{self.processes.index} {self.processes.count}\n".encode())
+            peer.settimeout(max(self._deadline - time.monotonic(), 0) + _REPLY_SECONDS)
+            word = peer.recv(10000).decode(errors="replace")
+            peer.settimeout(None)
+        except OSError:
+            word = ""
+        if word != "go\n":
+            self._close()
+            raise UserError(word or f"process 0 at {self.processes.address} ended before all had arrived")
+
+    def _reach(self) -> socket.socket:
+        host, _, port = self.processes.address.rpartition(":")
+        while True:
+            try:
+                return socket.create_connection((host.strip("[]"), int(port)), timeout=5)
+            except OSError as error:
+                if time.monotonic() > self._deadline:
+                    raise UserError(
+                        f"process 0 did not arrive at {self.processes.address} within {self._timeout:g} s "
+                        f"({error.strerror or error}); start it, or check the address"
+                    ) from None
+            time.sleep(0.2)
+
+    def _close(self) -> None:
+        for peer in self._peers.values():
+            peer.close()
+        self._peers.clear()
+
+
+def _read_all(peer: socket.socket) -> str:
+    parts: list[bytes] = []
+    with contextlib.suppress(OSError):
+        while part := peer.recv(4096):
+            parts.append(part)
+    return b"".join(parts).decode(errors="replace")

@@ -1,0 +1,45 @@
+"""The recipes in scripts/: shells read them, and their commands are rfjax's."""
+
+import argparse
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rfjax.commands.generate import add_arguments
+from rfjax.parallel.processes import Processes
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+def parsed(command: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(shlex.split(command))
+
+
+@pytest.mark.parametrize("path", sorted(SCRIPTS.glob("*.sh")), ids=lambda path: path.name)
+def test_bash_reads_it(path):
+    subprocess.run(["bash", "-n", path], check=True)
+
+
+@pytest.mark.parametrize("name", ["generate_tpu_pod.sh", "generate_slurm.sh"])
+def test_flags_are_those_of_generate(name):
+    (job,) = re.findall(r'^job="(.*)"$', (SCRIPTS / name).read_text(), re.MULTILINE)
+    assert "rfjax generate --processes auto $job" in (SCRIPTS / name).read_text()
+    args = parsed(f"--processes auto {job}")
+    assert (args.processes, args.checkpoint_every, args.prompt_file.suffix) == (None, 20, ".jsonl")
+
+
+def test_pods_of_kubernetes_are_the_processes_of_the_job():
+    service, job = yaml.safe_load_all((SCRIPTS / "generate_kubernetes.yaml").read_text())
+    spec = job["spec"]
+    pod = spec["template"]["spec"]
+    assert (spec["completionMode"], pod["subdomain"]) == ("Indexed", service["metadata"]["name"])
+    (command,) = pod["containers"][0]["args"]
+    args = parsed(command.replace("$JOB_COMPLETION_INDEX", "3").removeprefix("exec rfjax generate"))
+    address = f"{job['metadata']['name']}-0.{pod['subdomain']}:8476"
+    assert args.processes == Processes(address, spec["completions"], 3)
