@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rfjax import memory
     from rfjax.io.checkpoints import load
     from rfjax.models.model import Model
-    from rfjax.parallel.samples import data_parallel
+    from rfjax.parallel.division import parallelize
     from rfjax.sampling import rolling
     from rfjax.sampling.codec import decode, encode, encode_prompt, encode_tokens
     from rfjax.sampling.rollout import Chunk, Rollout, rollout, stream
@@ -28,13 +28,13 @@ __all__ = [
     "Rollout",
     "Switch",
     "UserError",
-    "data_parallel",
     "decode",
     "encode",
     "encode_prompt",
     "encode_tokens",
     "load",
     "memory",
+    "parallelize",
     "rolling",
     "rollout",
     "stream",
@@ -44,7 +44,7 @@ _HOMES = {
     **dict.fromkeys(("Chunk", "Rollout", "rollout", "stream"), "rfjax.sampling.rollout"),
     **dict.fromkeys(("decode", "encode", "encode_prompt", "encode_tokens"), "rfjax.sampling.codec"),
     "Model": "rfjax.models.model",
-    "data_parallel": "rfjax.parallel.samples",
+    "parallelize": "rfjax.parallel.division",
     "Switch": "rfjax.sampling.switching",
     "load": "rfjax.io.checkpoints",
 }

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from rfjax.parallel.processes import Processes
 
+MESH_AXES = "data", "sequence", "tensor"
+
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     """Return the reader of a whole number within bounds."""
@@ -39,12 +41,15 @@ def setting(text: str) -> tuple[str, str]:
     return key, value
 
 
-def mesh(text: str) -> int:
-    """Read `data=N`: how many devices share the videos of a batch."""
-    axis, _, size = text.partition("=")
-    if axis != "data":
-        raise argparse.ArgumentTypeError(f"{text!r} is not data=N; videos are divided among devices, nothing else yet")
-    return whole(1)(size)
+def mesh(text: str) -> dict[str, int]:
+    """Read `data=N,sequence=N,tensor=N`, any of them: how many devices there are along each axis of the mesh."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in MESH_AXES or axis in sizes:
+            raise argparse.ArgumentTypeError(f"{text!r} is not data=N,sequence=N,tensor=N, any of them once")
+        sizes[axis] = whole(1)(size)
+    return sizes
 
 
 def processes(text: str) -> Processes | None:

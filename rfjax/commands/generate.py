@@ -90,9 +90,10 @@ def _add_how(how: argparse._ArgumentGroup) -> None:
     add_batch_size(how, "videos made together on each device", default=1)
     how.add_argument(
         "--mesh",
-        metavar="data=N",
+        metavar="AXIS=N,...",
         type=mesh,
-        help="devices that share the videos to be made (default: all that this machine has)",
+        help="data=N: devices that share the videos to be made (default: as many as there are); sequence=N, tensor=N: "
+        "devices that divide the tokens, and the heads, of each video (default: 1)",
     )
     how.add_argument(
         "--processes",

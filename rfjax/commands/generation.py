@@ -27,10 +27,10 @@ from rfjax.io.prompts import Request
 from rfjax.io.reports import merge, remove_working_folders, report_folder
 from rfjax.models.model import Model
 from rfjax.models.tokenizer import Tokenizer
+from rfjax.parallel.division import parallelize
 from rfjax.parallel.processes import ALONE, Processes, RollCall, detect
-from rfjax.parallel.samples import data_parallel
 from rfjax.sampling import rolling
-from rfjax.sampling.budget import GB, Budget, check_fits, device_limit, estimate, needs, out_of_memory_says
+from rfjax.sampling.budget import GB, Budget, check_fits, device_limit, divide, estimate, needs, out_of_memory_says
 from rfjax.sampling.codec import encode_prompt
 from rfjax.sampling.jobs import Job
 from rfjax.sampling.switching import Switch
@@ -115,6 +115,7 @@ def prepare(
     plan = make_plan(args, requests, schedule, processes)
     plan = plan if args.overwrite else as_kept(plan)
     budget = estimate(plan.config, plan.policy, plan.video, plan.settings["dtype"], plan.pass_chunks)
+    budget = divide(budget, plan.mesh.sequence, plan.mesh.tensor)
     if plan.sampler == "rolling":
         size = plan.video.latent_height, plan.video.latent_width
         attended = rolling.attended_frames(plan.config, plan.policy, size, plan.video.latent_frames)
@@ -131,7 +132,11 @@ def prepare(
 
 def on_devices(plan: Plan, model: Model) -> Model:
     """Return the model on the devices of the plan."""
-    return data_parallel(model, jax.local_devices()[: plan.devices]) if plan.devices > 1 else model
+    mesh = plan.mesh
+    count = mesh.data * mesh.group
+    if count == 1:
+        return model
+    return parallelize(model, mesh.data, mesh.sequence, mesh.tensor, devices=jax.local_devices()[:count])
 
 
 def _make_all(plan: Plan, budget: Budget, model: Model, console: Console, checkpoint_every: int) -> None:
@@ -177,9 +182,10 @@ def _introduction(plan: Plan, budget: Budget, limit: int | None) -> list[str]:
     """Say what is about to be computed; the first line has device, model, policy, attended frames and memory."""
     settings = plan.settings
     there = "" if limit is None else f" of {gb(limit)}"
-    each = ", on each device" if plan.devices > 1 else ""
+    count = plan.mesh.data * plan.mesh.group
+    each = ", on each device" if count > 1 else ""
     lines = [
-        f"{device_name(plan.devices)}: {plan.checkpoint.name} ({short_count(budget.parameters)} parameters, "
+        f"{device_name(count)}: {plan.checkpoint.name} ({short_count(budget.parameters)} parameters, "
         f"{settings['dtype']}), {plan.policy.name} attending to {budget.attended_frames} latent frames, "
         f"memory {gb(budget.memory)} GB ({gb(budget.total)}{there} GB in all{each})"
     ]

@@ -148,7 +148,7 @@ def as_kept(plan: Plan) -> Plan:
     _check_same(plan, settings)
     places = settings["places"]
     devices = next(count for count in range(plan.devices, 0, -1) if places % count == 0)
-    return dataclasses.replace(plan, places=places, devices=devices)
+    return dataclasses.replace(plan, places=places, mesh=dataclasses.replace(plan.mesh, data=devices))
 
 
 def discard(plan: Plan) -> None:

@@ -23,6 +23,7 @@ from rfjax.io.prompts import Request
 from rfjax.io.reports import all_records
 from rfjax.memory import MemoryPolicy, parse
 from rfjax.memory.policy_file import policy_source
+from rfjax.parallel.division import ONE_DEVICE, Sizes, check_heads, check_tokens, fill
 from rfjax.parallel.processes import ALONE, Processes
 from rfjax.sampling.budget import VideoShape
 from rfjax.sampling.jobs import Job, expand, longest_first, places_for
@@ -66,14 +67,19 @@ class Plan:
     schedule: dict[int, ScheduledPrompt]
     """Prompts that take over in the video, by the latent frame from which they hold."""
 
-    devices: int = 1
-    """How many devices share each batch."""
+    mesh: Sizes = ONE_DEVICE
+    """How many devices there are, and what they divide."""
     processes: Processes = ALONE
     """Who makes the videos."""
 
     @property
+    def devices(self) -> int:
+        """How many devices, or groups of devices that divide videos, share each batch."""
+        return self.mesh.data
+
+    @property
     def video(self) -> VideoShape:
-        """Sizes of a device's part of a batch."""
+        """Sizes of a device's or group's part of a batch."""
         factor = self.vae.spatial_factor
         return VideoShape(
             batch=self.places // self.devices,
@@ -180,7 +186,8 @@ def make_plan(
     share = set(processes.share(longest_first(asked)))
     elsewhere = [job for job in missing if job not in share]
     missing = [job for job in missing if job in share]
-    devices = max(1, min(_devices(args), len(missing)))
+    mesh = _mesh(args, config, (height // vae.spatial_factor, width // vae.spatial_factor))
+    mesh = dataclasses.replace(mesh, data=max(1, min(mesh.data, len(missing))))
     return Plan(
         checkpoint=checkpoint,
         config=config,
@@ -191,12 +198,12 @@ def make_plan(
         missing=missing,
         elsewhere=elsewhere,
         unrecorded=sorted(job.video for job in kept if job.video not in recorded),
-        places=places_for(len(missing), args.batch_size, devices),
+        places=places_for(len(missing), args.batch_size, mesh.data),
         output=args.output,
         asked_seconds=seconds if all(request == Request(request.prompt) for request in requests) else None,
         sampler=args.sampler,
         schedule=starts,
-        devices=devices,
+        mesh=mesh,
         processes=processes,
     )
 
@@ -239,20 +246,21 @@ def _check_rolling(args: argparse.Namespace, asked: list[Job]) -> None:
         )
 
 
-def _devices(args: argparse.Namespace) -> int:
-    """Return how many devices may share a batch: those that `--mesh` names, or all where the sampler can use them.
+def _mesh(args: argparse.Namespace, config: ModelConfig, frame_size: tuple[int, int]) -> Sizes:
+    """Return the mesh that `--mesh` says, or all devices for videos of their own where the sampler can use them.
 
     Raises:
-        UserError: there are not so many, or the sampler runs on one.
+        UserError: there are not so many devices, tokens or heads do not divide, or the sampler runs on one.
     """
     there, asked = jax.local_device_count(), args.mesh
     if asked is None:
-        return 1 if args.sampler == "rolling" else there
-    if asked > there:
-        raise UserError(f"--mesh is data={asked}, but there are {there} devices; data=1 to data={there} would do")
-    if asked > 1 and args.sampler == "rolling":
-        raise UserError(f"--mesh data={asked} does not go with --sampler rolling, which runs on one device; use chunk")
-    return asked
+        return Sizes(data=1 if args.sampler == "rolling" else there)
+    mesh = fill(Sizes(**{"data": 0, **asked}), there)
+    if mesh.data * mesh.group > 1 and args.sampler == "rolling":
+        raise UserError(f"--mesh {mesh} does not go with --sampler rolling, which runs on one device; use chunk")
+    check_heads(config.transformer, mesh)
+    check_tokens(config.transformer, frame_size, mesh.sequence)
+    return mesh
 
 
 def read_config(checkpoint: Path) -> tuple[ModelConfig, VAEConfig]:

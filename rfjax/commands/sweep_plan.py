@@ -158,7 +158,7 @@ def _plan(args: argparse.Namespace, study: Study, variant: Variant, path: Path) 
         **{name: getattr(study, name) for name in ("seconds", "latent_frames", "height", "width", "fps", "seed")},
         **{name: getattr(args, name) for name in ("checkpoint", "dtype", "batch_size", "overwrite")},
         "num_samples": study.num_samples,
-        "mesh": 1,
+        "mesh": {"data": 1},
         "policy": variant.policy_name,
         "settings": list(variant.texts.items()),
         "output": args.output / variant.name,

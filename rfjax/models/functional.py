@@ -15,6 +15,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import PyTree
 
+from rfjax.models.layout import division, path_of, used_spec
+
 Params = dict[str, Any]
 """Nested dict of arrays (or of `jax.ShapeDtypeStruct`)."""
 
@@ -55,16 +57,26 @@ def bind(network: Callable[..., Network], config: Any, params: Params) -> Networ
 
     Under a mesh the parameters are `gathered`; the network does so with its `blocks`, a layer at a time.
     """
-    params = {name: tree if name == BLOCKS else gathered(tree) for name, tree in params.items()}
+    params = {name: tree if name == BLOCKS else gathered(tree, name) for name, tree in params.items()}
     return nnx.merge(_split_abstract(network, config, jnp.dtype(jnp.float32))[0], params)
 
 
-def gathered(params: PyTree) -> PyTree:
-    """Under a mesh (`jax.set_mesh`), whole copies of parameters that are cut over its devices; else `params`.
+def gathered(params: PyTree, above: str = "") -> PyTree:
+    """Under a mesh, parameters as they are used, of those that are cut over its devices; else `params`.
 
-    Every device then computes its own part of the batch. Left to itself, XLA cuts activations as their parameters are,
-    and moves them, which are many times larger, between the devices.
+    In training (`jax.set_mesh`) they are whole: every device computes its own part of the batch. Left to itself, XLA
+    cuts activations as their parameters are, and moves them, which are many times larger, between the devices.
+    Where devices divide a video, `rfjax.models.layout` says what is cut.
+
+    Args:
+        params: of a network or of a part of it, with `blocks` of a single layer.
+        above: path of that part in the network.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    if division() is not None:
+        return jax.tree_util.tree_map_with_path(
+            lambda keys, leaf: jax.lax.with_sharding_constraint(leaf, used_spec(path_of(keys, above))), params
+        )
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.are_all_axes_manual:
         return params
     return jax.lax.with_sharding_constraint(params, PartitionSpec())

@@ -26,4 +26,4 @@ class Model:
     dtype: DTypeLike = jnp.float32
     """Type of the parameters and of the networks' computation."""
     mesh: Mesh | None = None
-    """Devices that share the samples of a batch (`rfjax.data_parallel`); None is one device."""
+    """Devices that share the samples of a batch, or work on each together (`rfjax.parallelize`); None is one device."""

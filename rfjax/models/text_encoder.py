@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from rfjax.config import TextEncoderConfig
-from rfjax.models.functional import Params, bind, gathered
+from rfjax.models.functional import BLOCKS, Params, bind, gathered
 from rfjax.models.layers import RMSNorm
 
 MAX_DISTANCE = 128
@@ -134,7 +134,7 @@ class UMT5Encoder(nnx.Module):
         graphdef, layers = nnx.split(self.blocks)
 
         def step(x: Float[Array, "B L D"], layer: Any) -> tuple[Float[Array, "B L D"], None]:
-            return nnx.merge(graphdef, gathered(layer))(x, mask, buckets), None
+            return nnx.merge(graphdef, gathered(layer, BLOCKS))(x, mask, buckets), None
 
         x, _ = lax.scan(step, self.token_embedding(ids), layers)
         return self.norm(x)

@@ -16,9 +16,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from rfjax.config import TransformerConfig
-from rfjax.models.attention import attention, causal_attention
-from rfjax.models.functional import gathered
+from rfjax.models.attention import causal_attention
+from rfjax.models.chunk_attention import chunk_attention, prompt_attention
+from rfjax.models.functional import BLOCKS, gathered
 from rfjax.models.layers import RMSNorm
+from rfjax.models.layout import by_tokens, heads_to_tokens, tokens_to_heads, whole
 from rfjax.pytree import pytree
 from rfjax.rope import rotate, rotation
 
@@ -134,29 +136,29 @@ class Block(nnx.Module):
         return x, projections
 
     def _self_attention(self, h, rope, memory: AttendedMemory | None, causal: Causal | None):
-        attn, (frames, tokens) = self.self_attn, h.shape[1:3]
-        queries, keys, values = attn.norm_q(attn.q(h)), attn.norm_k(attn.k(h)), attn.v(h)
+        attn, heads = self.self_attn, self.config.num_heads
+        projected = attn.norm_q(attn.q(h)), attn.norm_k(attn.k(h)), attn.v(h)
+        queries, keys, values = (tokens_to_heads(t, heads) for t in projected)
         q, k = (rotate(self._heads(t), *rope) for t in (queries, keys))
-        q, k, v = (rearrange(t, "b f t h d -> b (f t) h d") for t in (q, k, self._heads(values)))
-        length = None
+        v, past = self._heads(values), None
         if memory is not None:
-            length = memory.length * memory.keys.shape[2] + k.shape[1]
-            past_k, past_v = (
-                rearrange(self._heads(t), "b s t h d -> b (s t) h d") for t in (memory.keys, memory.values)
-            )
-            k, v = jnp.concatenate([k, past_k], axis=1), jnp.concatenate([v, past_v], axis=1)
+            past = self._heads(memory.keys), self._heads(memory.values), memory.length
         with jax.named_scope("self_attention"):
-            if causal is None:
-                out = attention(q, k, v, length)
-            else:
-                out = causal_attention(q, k, v, causal.chunk_frames * tokens, causal.clean_frames * tokens)
-        return attn.o(rearrange(out, "b (f t) h d -> b f t (h d)", f=frames)), Projections(queries, keys, values)
+            out = chunk_attention(q, k, v, past) if causal is None else self._causal_attention(q, k, v, causal)
+        out = heads_to_tokens(rearrange(out, "b f t h d -> b f t (h d)"), heads)
+        return attn.o(out), Projections(queries, keys, values)
+
+    def _causal_attention(self, q, k, v, causal: Causal):
+        frames, tokens = q.shape[1:3]
+        q, k, v = (rearrange(t, "b f t h d -> b (f t) h d") for t in (q, k, v))
+        out = causal_attention(q, k, v, causal.chunk_frames * tokens, causal.clean_frames * tokens)
+        return rearrange(out, "b (f t) h d -> b f t h d", f=frames)
 
     def _cross_attention(self, h, text: TextContext):
-        attn, frames = self.cross_attn, h.shape[1]
-        q = rearrange(self._heads(attn.norm_q(attn.q(h))), "b f t h d -> b (f t) h d")
-        out = attention(q, self._heads(text.keys), self._heads(text.values))
-        return attn.o(rearrange(out, "b (f t) h d -> b f t (h d)", f=frames))
+        attn = self.cross_attn
+        q = self._heads(attn.norm_q(attn.q(h)))
+        out = prompt_attention(q, self._heads(text.keys), self._heads(text.values))
+        return attn.o(rearrange(out, "b f t h d -> b f t (h d)"))
 
     def _heads(self, x):
         return x.reshape(*x.shape[:-1], self.config.num_heads, self.config.head_dim)
@@ -228,7 +230,7 @@ class WanTransformer(nnx.Module):
             timestep = jnp.concatenate([jnp.zeros_like(timestep), timestep], axis=1)
         rows, columns = height // config.patch_size[1], width // config.patch_size[2]
         dtype = self.patch_embedding.kernel[...].dtype
-        x = self.patch_embedding(patchify(latents.astype(dtype), config.patch_size))
+        x = by_tokens(self.patch_embedding(patchify(latents.astype(dtype), config.patch_size)))
         embedding, modulation = self._embed_time(timestep)
         times = jnp.arange(latents.shape[1], dtype=jnp.int32) % frames
         positions = jnp.broadcast_to(times[:, None], (batch, *times.shape, 1))
@@ -238,14 +240,14 @@ class WanTransformer(nnx.Module):
         def layer(x, scanned):
             params, text, keys, values = scanned
             attended = None if memory is None else AttendedMemory(keys, values, memory.length)
-            x, projections = nnx.merge(graphdef, gathered(params))(x, modulation, rope, text, attended, causal)
-            return x, projections if return_projections else None
+            x, projections = nnx.merge(graphdef, gathered(params, BLOCKS))(x, modulation, rope, text, attended, causal)
+            return by_tokens(x), projections if return_projections else None
 
         remembered = (None, None) if memory is None else (memory.keys, memory.values)
         layer = jax.checkpoint(layer, prevent_cse=False) if remat else layer
         x, projections = jax.lax.scan(layer, x, (layers, text, *remembered))
         out = self.head(x[:, past:], embedding[:, past:]).astype(jnp.float32)
-        return unpatchify(out, rows, columns, config.patch_size), projections
+        return unpatchify(whole(out), rows, columns, config.patch_size), projections
 
     def embed_text(self, prompt_embeds: Float[Array, "B T D"]) -> TextContext:
         """Zero-pad prompt embeddings to the text length and project them to every layer's keys and values."""
@@ -255,7 +257,7 @@ class WanTransformer(nnx.Module):
         graphdef, layers = nnx.split(self.blocks)
 
         def project(params):
-            attn = nnx.merge(graphdef, gathered(params)).cross_attn
+            attn = nnx.merge(graphdef, gathered(params, BLOCKS)).cross_attn
             return TextContext(attn.norm_k(attn.k(context)), attn.v(context))
 
         return jax.lax.map(project, layers)

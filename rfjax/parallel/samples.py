@@ -1,47 +1,24 @@
 """A batch whose samples lie on different devices: each runs the same program on its own, and nothing is exchanged.
 
-The networks have copies on all devices. Arguments and results are described as for `jax.vmap`, by the axis that counts
-samples.
+Where several devices share a sample (`rfjax.parallel.division`), the compiler divides each group's program among them.
+Arguments and results are described as for `jax.vmap`, by the axis that counts samples.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, PyTree
 
 from rfjax.errors import UserError
-from rfjax.models.model import Model
-from rfjax.parallel.mesh import DATA, place
+from rfjax.parallel.mesh import DATA
 
 Tree = TypeVar("Tree")
 Axes = int | None | list[int | None]
 """The axis that counts samples in all arrays of a pytree, or in each of its leaves; None where all devices share it."""
-
-
-def data_parallel(model: Model, devices: Sequence[Any] | None = None) -> Model:
-    """Return the model with copies of its transformer and autoencoder on several devices.
-
-    `rfjax.stream` and `rfjax.rollout` then give every device an equal part of the batch. Prompts are encoded on the
-    device where they were before.
-
-    Args:
-        model: from `rfjax.load`.
-        devices: those of this process where None.
-    """
-    chosen = np.array(jax.local_devices() if devices is None else devices)
-    mesh = Mesh(chosen, (DATA,), axis_types=(AxisType.Auto,))
-
-    def copied(params):
-        return place(params, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), params))
-
-    vae = None if model.vae is None else copied(model.vae)
-    return dataclasses.replace(model, transformer=copied(model.transformer), vae=vae, mesh=mesh)
 
 
 def divided(
@@ -53,7 +30,7 @@ def divided(
 
     Args:
         function: of pytrees.
-        mesh: from `data_parallel`.
+        mesh: of a model from `rfjax.parallelize`.
         in_axes: for each argument, the axis that counts samples.
         out_axes: the same of what is returned; a tuple where that is one.
     """
@@ -72,7 +49,11 @@ def divided(
             parts = tuple(jax.tree.leaves(output) for output in outputs)
             return parts if isinstance(out_axes, tuple) else parts[0]
 
-        on_every_device = jax.shard_map(on_leaves, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        # By hand over all axes where no device shares a sample: then there is nothing that the compiler could exchange.
+        by_hand = {*mesh.axis_names} if mesh.size == mesh.shape[DATA] else {DATA}
+        on_every_device = jax.shard_map(
+            on_leaves, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=by_hand, check_vma=False
+        )
         parts = on_every_device(*(jax.tree.leaves(argument) for argument in arguments))
         if not isinstance(out_axes, tuple):
             return jax.tree.unflatten(made[0], parts)
@@ -120,15 +101,17 @@ def select(which: Bool[Array, "B"], chosen: Tree, other: Tree, axes: Axes = 0) -
 
 
 def check_samples(samples: int, mesh: Mesh | AbstractMesh | None) -> None:
-    """Make sure that every device has equally many samples.
+    """Make sure that every device, or group of devices that share samples, has equally many.
 
     Raises:
         UserError: it has not; the message says which numbers would do.
     """
-    if mesh is not None and samples % mesh.size:
-        below = samples // mesh.size * mesh.size
-        fitting = f"{below} or {below + mesh.size}" if below else str(mesh.size)
-        raise UserError(f"{samples} samples do not divide among {mesh.size} devices; {fitting} would")
+    groups = 1 if mesh is None else mesh.shape[DATA]
+    if mesh is not None and samples % groups:
+        below = samples // groups * groups
+        fitting = f"{below} or {below + groups}" if below else str(groups)
+        among = "devices" if mesh.size == groups else "groups of devices"
+        raise UserError(f"{samples} samples do not divide among {groups} {among}; {fitting} would")
 
 
 def _specs(axes: Axes) -> PartitionSpec | list[PartitionSpec]:

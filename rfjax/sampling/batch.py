@@ -19,6 +19,7 @@ from rfjax.models.functional import AnyArray
 from rfjax.models.model import Model
 from rfjax.models.transformer import TextContext
 from rfjax.models.vae import DecoderCache
+from rfjax.parallel.division import check_tokens, sequence_of
 from rfjax.parallel.samples import check_samples, divided, select, spread
 from rfjax.pytree import pytree
 from rfjax.sampling.pipeline import decode_chunk, decode_mixed, new_decoder
@@ -126,6 +127,7 @@ class Batch:
         self._model, self._policy, self._switches = model, policy, tuple(switches)
         self._sizes, self._noise = request_of(model.config, self._embeds, shape, None, keys, None, self._switches)
         check_memory(model, policy, self._sizes)
+        check_tokens(network, self._sizes.frame_size, sequence_of(model.mesh))
         self._chunks = np.zeros(places, int)
         self.state: BatchState | None = None
         """None before the first videos."""

@@ -80,6 +80,17 @@ def estimate(config: ModelConfig, policy: MemoryPolicy, video: VideoShape, dtype
     )
 
 
+def divide(budget: Budget, sequence: int, tensor: int) -> Budget:
+    """Return what each device needs where several divide a video (`rfjax.parallelize`), about: all but the weights.
+
+    The weights are cut over `tensor` alone.
+    """
+    group = sequence * tensor
+    return dataclasses.replace(
+        budget, weights=budget.weights // tensor, memory=budget.memory // group, working=budget.working // group
+    )
+
+
 def _numbers(tree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 

@@ -14,8 +14,10 @@ from jaxtyping import Array, Bool, Float, Key, UInt8
 from rfjax.errors import UserError
 from rfjax.memory import MemoryPolicy, Trace
 from rfjax.models.functional import AnyArray
+from rfjax.models.layout import by_width
 from rfjax.models.model import Model
 from rfjax.models.vae import DecoderCache, decode_first, decode_init, decode_next
+from rfjax.parallel.mesh import DATA
 from rfjax.parallel.samples import divided, select, spread
 from rfjax.sampling import rolling
 from rfjax.sampling.codec import to_bytes, vae_of
@@ -159,8 +161,12 @@ def _fetch(index: int, chunk: Chunk, frames: list[Array], total: int, since: flo
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
 def _decode_init(config, dtype, batch, height, width, mesh):
-    devices = 1 if mesh is None else mesh.size
-    return divided(lambda: decode_init(config, dtype, batch // devices, height, width), mesh, (), 0)()
+    groups = 1 if mesh is None else mesh.shape[DATA]
+
+    def empty():
+        return by_width(decode_init(config, dtype, batch // groups, height, width), width)
+
+    return divided(empty, mesh, (), 0)()
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames="cache")
@@ -176,16 +182,19 @@ def _decode_next(config, params, cache, latent, mesh=None):
 @functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames="cache")
 def _decode_mixed(config, params, cache, latent, begins, mesh=None):
     def both(params, cache, latent, begins):
-        first, single = decode_first(config, params, cache, latent)
-        later, group = decode_next(config, params, cache, latent)
-        return select(begins, first, later), to_bytes(single), to_bytes(group)
+        width = latent.shape[3]
+        first, single = decode_first(config, params, cache, by_width(latent, width))
+        later, group = decode_next(config, params, cache, by_width(latent, width))
+        cache, single, group = select(begins, first, later), to_bytes(single), to_bytes(group)
+        return by_width(cache, width), by_width(single, width), by_width(group, width)
 
     return divided(both, mesh, (None, 0, 0, 0), (0, 0, 0))(params, cache, latent, begins)
 
 
 def _decode(decode, config, params, cache, latent, mesh):
     def one(params, cache, latent):
-        cache, video = decode(config, params, cache, latent)
-        return cache, to_bytes(video)
+        width = latent.shape[3]
+        cache, video = decode(config, params, cache, by_width(latent, width))
+        return by_width(cache, width), by_width(to_bytes(video), width)
 
     return divided(one, mesh, (None, 0, 0), (0, 0))(params, cache, latent)

@@ -119,7 +119,7 @@ def request_of(
 
 
 def spread_noise(noise: ChunkNoise, mesh: Mesh | None) -> ChunkNoise:
-    """Give every device of a `data_parallel` model its samples' part of a rollout's noise."""
+    """Give every device of a model from `rfjax.parallelize` its samples' part of a rollout's noise."""
     return ChunkNoise(spread(noise.keys, mesh), spread(noise.initial, mesh, 1), spread(noise.renoise, mesh, 2))
 
 

@@ -256,7 +256,7 @@ def rollout(
 
     Raises:
         UserError: shapes that do not fit the model or each other, noise to draw and no key, given latents, or a
-            `data_parallel` model.
+            model from `rfjax.parallelize`.
     """
     sizes, drawn = _request_of(model, prompt_embeds, noise, renoise, key, initial_latents)
     check_memory(model, policy, sizes)

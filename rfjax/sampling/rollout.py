@@ -20,11 +20,12 @@ from rfjax.memory import CleanChunk, MemoryPolicy, Trace
 from rfjax.models.functional import AnyArray, Params, bind
 from rfjax.models.model import Model
 from rfjax.models.transformer import TextContext, WanTransformer
+from rfjax.parallel.division import check_tokens, sequence_of
 from rfjax.parallel.samples import check_samples, divided, spread
 from rfjax.pytree import pytree
 from rfjax.sampling.passes import ChunkPasses, passes_over
 from rfjax.sampling.request import ChunkNoise, Sizes, check_memory, chunks_of, draw_noise, request_of, spread_noise
-from rfjax.sampling.state import TEXT_AXIS, RolloutState, empty_state, memory_shape, read_memory, state_axes
+from rfjax.sampling.state import TEXT_AXIS, RolloutState, empty_state, laid_out, memory_shape, read_memory, state_axes
 from rfjax.sampling.switching import Switch, recached_frames, switch_prompt
 
 
@@ -96,12 +97,13 @@ def commit(
     policy: MemoryPolicy, passes: ChunkPasses, state: RolloutState, latents: Float[Array, "B n H W C"]
 ) -> RolloutState:
     """Take a chunk's finished latents into the memory, through its clean pass."""
-    frames = latents.shape[1]
+    batch, frames = latents.shape[:2]
+    shape = memory_shape(passes.config, batch, (latents.shape[2], latents.shape[3]))
     made = passes.project(latents)
     indices = state.start[:, None] + jnp.arange(frames, dtype=jnp.int32)
     chunk = CleanChunk(indices, made.queries, made.keys, made.values)
     return RolloutState(
-        memory=policy.commit(state.memory, chunk),
+        memory=laid_out(policy.commit(state.memory, chunk), shape),
         start=state.start + frames,
         gap=jnp.zeros_like(state.gap),
         recent=jnp.concatenate([state.recent, latents], axis=1)[:, frames:],
@@ -205,12 +207,13 @@ def rollout(
 
     Raises:
         UserError: shapes that do not fit the model or each other, noise to draw and no key, switches out of order, or
-            samples that do not divide among the devices of a `data_parallel` model.
+            samples or tokens that do not divide among the devices of a model from `rfjax.parallelize`.
     """
     switches = tuple(switches)
     check_samples(prompt_embeds.shape[0], model.mesh)
     sizes, drawn = request_of(model.config, prompt_embeds, noise, renoise, key, initial_latents, switches)
     check_memory(model, policy, sizes)
+    check_tokens(model.config.transformer, sizes.frame_size, sequence_of(model.mesh))
     config, frame_size, params, mesh = model.config, sizes.frame_size, model.transformer, model.mesh
     given = None if initial_latents is None else chunks_of(initial_latents, config.chunk_frames).astype(jnp.float32)
     given, embeds = spread(given, mesh, 1), spread(jnp.asarray(prompt_embeds), mesh)
@@ -251,6 +254,7 @@ def stream(
     check_samples(prompt_embeds.shape[0], model.mesh)
     sizes, drawn = request_of(model.config, prompt_embeds, noise, renoise, key, initial_latents, switches)
     check_memory(model, policy, sizes)
+    check_tokens(model.config.transformer, sizes.frame_size, sequence_of(model.mesh))
     return _stream(model, policy, prompt_embeds, sizes, drawn, initial_latents, switches)
 
 

@@ -3,12 +3,14 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from rfjax.config import ModelConfig
 from rfjax.memory import MemoryPolicy, MemoryShape, View
+from rfjax.models.layout import remembered
 from rfjax.models.transformer import AttendedMemory, rotate_memory
 from rfjax.parallel.samples import Axes, sample_axes
 from rfjax.pytree import pytree
@@ -54,7 +56,20 @@ def empty_state(
     """
     none = jnp.zeros(shape.batch, jnp.int32)
     recent = jnp.zeros((shape.batch, recent_frames, *latent_shape), jnp.float32)
-    return RolloutState(policy.init(shape, video_frames, dtype), none, none, recent)
+    return RolloutState(laid_out(policy.init(shape, video_frames, dtype), shape), none, none, recent)
+
+
+def laid_out(memory: Any, shape: MemoryShape) -> Any:
+    """Lay out a policy's state on devices that divide a video: its keys and values as attention reads them.
+
+    What has no axis of all heads' channels is left to the compiler. A layout changes no result.
+    """
+    channels = shape.heads * shape.head_dim
+
+    def lay(leaf):
+        return remembered(leaf, shape.heads) if leaf.ndim == 5 and leaf.shape[-1] == channels else leaf
+
+    return jax.tree.map(lay, memory)
 
 
 def state_axes(mesh: Mesh | None, config: ModelConfig, frame_size: tuple[int, int], policy: MemoryPolicy) -> Axes:
@@ -83,7 +98,8 @@ def attend(config: ModelConfig, frame_size: tuple[int, int], view: View) -> Atte
     """Rotate a view to its time positions, once a chunk, for all passes."""
     rows, columns = token_grid(config, frame_size)
     keys = rotate_memory(view.keys, view.positions, view.places, rows, columns, config.transformer)
-    return AttendedMemory(keys, view.values, view.length)
+    keys, values = (remembered(x, config.transformer.num_heads) for x in (keys, view.values))
+    return AttendedMemory(keys, values, view.length)
 
 
 def memory_shape(config: ModelConfig, batch: int, frame_size: tuple[int, int]) -> MemoryShape:

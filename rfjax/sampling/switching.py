@@ -21,7 +21,7 @@ from rfjax.memory import BLEND, CleanChunk, MemoryPolicy, View
 from rfjax.models.functional import AnyArray, Params, bind
 from rfjax.models.transformer import AttendedMemory, TextContext, WanTransformer
 from rfjax.parallel.samples import divided
-from rfjax.sampling.state import TEXT_AXIS, RolloutState, attend, read_memory, state_axes
+from rfjax.sampling.state import TEXT_AXIS, RolloutState, attend, laid_out, memory_shape, read_memory, state_axes
 
 WINDOW_CHUNKS = 4
 """Chunks of LongLive's window, own chunk included: videos up to here are renewed whole, and one chunk less of longer
@@ -73,14 +73,15 @@ def switch_prompt(
         params: of the transformer.
         prompt_embeds: the new prompts.
         state: before the first chunk under the new prompt, with at least so many recent latents.
-        mesh: of a `data_parallel` model (static).
+        mesh: of a model from `rfjax.parallelize` (static).
     """
 
     def switch(policy, params, prompt_embeds, state):
         network = bind(WanTransformer, config.transformer, params)
         text = network.embed_text(prompt_embeds)
         if frames:
-            memory = _recache(config, frame_size, frames, policy, network, text, state)
+            shape = memory_shape(config, state.start.shape[0], frame_size)
+            memory = laid_out(_recache(config, frame_size, frames, policy, network, text, state), shape)
             state = dataclasses.replace(state, memory=memory)
         if cut:
             state = dataclasses.replace(state, gap=state.gap + CUT_FRAMES)

@@ -12,7 +12,7 @@ from rfjax import cli, memory, rolling, rollout, stream
 from rfjax.errors import UserError
 from rfjax.io.checkpoints import load
 from rfjax.io.video import read_video
-from rfjax.parallel.samples import data_parallel
+from rfjax.parallel.division import parallelize
 from rfjax.sampling import pipeline
 from rfjax.sampling import rollout as module
 from rfjax.sampling.pipeline import stream_video
@@ -40,7 +40,7 @@ def model(checkpoint):
 
 @pytest.fixture(scope="module")
 def divided(model):
-    return data_parallel(model)
+    return parallelize(model)
 
 
 def embeds(model, samples=SAMPLES):
@@ -145,6 +145,6 @@ def test_the_command_divides_its_videos(checkpoint, tmp_path, capsys, monkeypatc
             difference = read_video(folder / name).astype(int) - read_video(tmp_path / "2 x CPU" / name)
             assert np.abs(difference).mean() < 1
     assert cli.main([*flags, "--mesh", "data=9", "--overwrite"]) == 2
-    assert "--mesh is data=9, but there are 8 devices" in capsys.readouterr().err
+    assert "mesh is data=9,sequence=1,tensor=1, but there are 8 devices" in capsys.readouterr().err
     assert cli.main([*flags, "--mesh", "data=2", "--sampler", "rolling", "--output", "other"]) == 2
-    assert "--mesh data=2 does not go with --sampler rolling" in capsys.readouterr().err
+    assert "--mesh data=2,sequence=1,tensor=1 does not go with --sampler rolling" in capsys.readouterr().err

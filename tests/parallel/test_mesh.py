@@ -15,7 +15,7 @@ from rfjax.parallel.mesh import check_batch, make_mesh, parameter_sharding
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["eight_devices", "eight_devices_rollout"])
+@pytest.mark.parametrize("name", ["eight_devices", "eight_devices_rollout", "eight_devices_division"])
 def test_on_eight_devices(name):
     file = Path(__file__).with_name(f"{name}.py")
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}

@@ -1,0 +1,171 @@
+"""The mesh `(data, sequence, tensor)` of generation: groups of devices with samples of their own, that divide each."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from rfjax.config import TransformerConfig
+from rfjax.errors import UserError
+from rfjax.models.functional import BLOCKS
+from rfjax.models.layout import SEQUENCE, TENSOR, parameter_spec, path_of
+from rfjax.models.model import Model
+from rfjax.parallel.mesh import DATA
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How many devices there are along each axis of a mesh."""
+
+    data: int = 1
+    """Groups with samples of their own; nothing passes between them."""
+    sequence: int = 1
+    """Devices of a group among which a chunk's tokens are divided."""
+    tensor: int = 1
+    """Devices among which heads and the feed-forward part's hidden channels are divided."""
+    fully_sharded: bool = False
+    """Whether parameters are cut over `sequence` too, and gathered layer by layer where they are used."""
+
+    @property
+    def group(self) -> int:
+        """Devices that work on a sample together."""
+        return self.sequence * self.tensor
+
+    def __str__(self) -> str:
+        return f"data={self.data},sequence={self.sequence},tensor={self.tensor}"
+
+
+ONE_DEVICE = Sizes()
+
+
+def parallelize(
+    model: Model,
+    data: int = 0,
+    sequence: int = 1,
+    tensor: int = 1,
+    *,
+    fully_sharded: bool = False,
+    devices: Sequence[Any] | None = None,
+) -> Model:
+    """Return the model on a mesh of devices, on which `rfjax.stream` and `rfjax.rollout` then run.
+
+    Args:
+        model: from `rfjax.load`.
+        data: groups of devices that each take an equal part of the batch; 0 takes as many as there are devices for.
+        sequence: devices of a group among which the tokens of a chunk are divided.
+        tensor: devices among which heads and the feed-forward part's hidden channels are divided.
+        fully_sharded: also cut the parameters over `sequence`, and gather them layer by layer: needs the least memory.
+        devices: those of this process where None.
+
+    Raises:
+        UserError: the sizes do not multiply to the devices, or the model's heads or hidden channels do not divide.
+    """
+    devices = jax.local_devices() if devices is None else devices
+    sizes = fill(Sizes(data, sequence, tensor, fully_sharded), len(devices), exactly=True)
+    check_heads(model.config.transformer, sizes)
+    mesh = division_mesh(sizes, devices)
+    networks = {"transformer": model.transformer, "vae": model.vae}
+    if sizes.group > 1:  # else prompts are encoded where they were before
+        networks["text_encoder"] = model.text_encoder
+    placed = {
+        name: None if params is None else jax.device_put(params, parameter_shardings(mesh, params, fully_sharded))
+        for name, params in networks.items()
+    }
+    return dataclasses.replace(model, mesh=mesh, **placed)
+
+
+def fill(sizes: Sizes, devices: int, exactly: bool = False) -> Sizes:
+    """Return the sizes with `data`, where it is 0, as many as there are devices for.
+
+    Args:
+        sizes: asked for.
+        devices: there are.
+        exactly: whether all of them are to be used.
+
+    Raises:
+        UserError: they need more devices than there are, or, with `exactly`, fewer.
+    """
+    if min(sizes.sequence, sizes.tensor) >= 1 and sizes.data >= 0:
+        filled = dataclasses.replace(sizes, data=sizes.data or devices // sizes.group)
+        used = filled.data * filled.group
+        if filled.data and (used == devices or (used < devices and not exactly)):
+            return filled
+    asked = f"sequence={sizes.sequence},tensor={sizes.tensor}"
+    asked = f"data={sizes.data},{asked}" if sizes.data else asked
+    whole = [n for n in range(1, devices + 1) if devices % n == 0]
+    if sizes.sequence >= 1 and sizes.tensor >= 1 and sizes.group in whole:
+        advice = f"data={devices // sizes.group} would make them, with this sequence and tensor"
+    else:
+        advice = f"data x sequence x tensor must be {devices}, so each one of {', '.join(map(str, whole))}"
+    raise UserError(f"mesh is {asked}, but there are {devices} devices; {advice}")
+
+
+def division_mesh(sizes: Sizes, devices: Sequence[Any]) -> Mesh:
+    """Return the mesh of the first devices, those of a group next to each other."""
+    shape = (sizes.data, sizes.sequence, sizes.tensor)
+    chosen = np.array(devices[: sizes.data * sizes.group]).reshape(shape)
+    return Mesh(chosen, (DATA, SEQUENCE, TENSOR), axis_types=(AxisType.Auto,) * 3)
+
+
+def check_heads(network: TransformerConfig, sizes: Sizes) -> None:
+    """Make sure that heads and hidden channels divide over `tensor`.
+
+    Raises:
+        UserError: they do not; the message says which sizes would do.
+    """
+    for number, what in ((network.num_heads, "heads"), (network.ffn_dim, "feed-forward channels")):
+        if number % sizes.tensor:
+            common = [n for n in range(1, network.num_heads + 1) if network.num_heads % n == network.ffn_dim % n == 0]
+            fitting = ", ".join(map(str, common))
+            raise UserError(f"tensor is {sizes.tensor}, which does not divide {number} {what}; {fitting} would")
+
+
+def check_tokens(network: TransformerConfig, frame_size: tuple[int, int], sequence: int) -> None:
+    """Make sure that the tokens of a frame divide over `sequence`.
+
+    Raises:
+        UserError: they do not; the message says which sizes would do.
+    """
+    tokens = network.frame_tokens(*frame_size)
+    if tokens % sequence:
+        fitting = ", ".join(str(n) for n in range(1, min(tokens, 64) + 1) if tokens % n == 0)
+        raise UserError(
+            f"sequence is {sequence}, which does not divide the {tokens} tokens of a frame; {fitting} would"
+        )
+
+
+def sequence_of(mesh: Mesh | None) -> int:
+    """Return how many devices divide the tokens of a chunk."""
+    return 1 if mesh is None else mesh.shape[SEQUENCE]
+
+
+def parameter_shardings(mesh: Mesh | AbstractMesh, params: PyTree, fully_sharded: bool = False) -> PyTree:
+    """Return a `NamedSharding` for every parameter of a network, from the table of `rfjax.models.layout`.
+
+    Args:
+        mesh: with the axes `data`, `sequence` and `tensor`.
+        params: arrays or shapes.
+        fully_sharded: whether what the table cuts over `sequence` is; else it is whole there.
+
+    Raises:
+        UserError: a parameter that the table does not have.
+    """
+
+    def sharding(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        path = path_of(keys)
+        axes = [None] * path.startswith(f"{BLOCKS}.") + list(parameter_spec(path))
+        axes = [None if axis == SEQUENCE and not fully_sharded else axis for axis in axes]
+        kept = [axis if _divides(mesh, axis, size) else None for axis, size in zip(axes, leaf.shape, strict=False)]
+        return NamedSharding(mesh, PartitionSpec(*kept))
+
+    return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def _divides(mesh: Mesh | AbstractMesh, axis: Any, size: int) -> bool:
+    names = axis if isinstance(axis, tuple) else (axis,)
+    parts = [mesh.shape[name] for name in names if name is not None]
+    return size % int(np.prod(parts)) == 0
