@@ -49,12 +49,14 @@ def generate(args: argparse.Namespace, requests: list[Request], schedule: list[S
     with RollCall(processes, args.processes_timeout) as together:
         if not plan.missing and (processes.index or not plan.elsewhere):
             return
+        with out_of_memory_says(needs(budget, limit)):
+            model = on_devices(plan, load(plan.checkpoint, dtype=plan.settings["dtype"])) if plan.missing else None
         own = report_folder(plan.output, processes.index)
         outputs.make_folder(own)
         with owning(own):
             failure = ""
             try:
-                _make_share(args, plan, budget, limit, console)
+                _make_share(args, plan, budget, limit, model, console)
             except UserError as error:
                 if processes.index:
                     raise
@@ -83,12 +85,13 @@ def _collect(plan: Plan, together: RollCall, failure: str) -> None:
         raise UserError("; ".join(filter(None, (failure, others))))
 
 
-def _make_share(args: argparse.Namespace, plan: Plan, budget: Budget, limit: int | None, console: Console) -> None:
-    """Make this process's videos."""
-    if not plan.missing:
+def _make_share(
+    args: argparse.Namespace, plan: Plan, budget: Budget, limit: int | None, model: Model | None, console: Console
+) -> None:
+    """Make this process's videos; without a model there are none."""
+    if model is None:
         return
     with out_of_memory_says(needs(budget, limit)):
-        model = on_devices(plan, load(plan.checkpoint, dtype=plan.settings["dtype"]))
         outputs.remove_stale(plan.output)
         if args.overwrite:
             discard(plan)
