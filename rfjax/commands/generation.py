@@ -21,7 +21,8 @@ from rfjax.commands.prompt_schedule import ScheduledPrompt
 from rfjax.errors import UserError
 from rfjax.io import outputs
 from rfjax.io.checkpoints import TOKENIZER, load
-from rfjax.io.manifest import JOBS, Entry, Manifest
+from rfjax.io.entries import Entry
+from rfjax.io.manifest import JOBS, Manifest
 from rfjax.io.ownership import owning
 from rfjax.io.prompts import Request
 from rfjax.io.reports import merge, remove_working_folders, report_folder
@@ -46,22 +47,22 @@ def generate(args: argparse.Namespace, requests: list[Request], schedule: list[S
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=processes.index > 0)
     plan, budget, limit = prepare(args, requests, schedule, console, processes)
     # All have looked at the folder before anyone writes, so that all divide the same videos.
-    with RollCall(processes, args.processes_timeout) as together:
-        if not plan.missing and (processes.index or not plan.elsewhere):
+    with RollCall(processes, args.processes_timeout) as together, out_of_memory_says(needs(budget, limit)):
+        first = processes.index == 0
+        if not plan.missing and not (first and plan.elsewhere):
             return
-        with out_of_memory_says(needs(budget, limit)):
-            model = on_devices(plan, load(plan.checkpoint, dtype=plan.settings["dtype"])) if plan.missing else None
-        own = report_folder(plan.output, processes.index)
+        model = on_devices(plan, load(plan.checkpoint, dtype=plan.settings["dtype"])) if plan.missing else None
+        own, failure = report_folder(plan.output, processes.index), ""
         outputs.make_folder(own)
         with owning(own):
-            failure = ""
             try:
-                _make_share(args, plan, budget, limit, model, console)
+                if model is not None:
+                    _make_share(args, plan, budget, model, console)
             except UserError as error:
-                if processes.index:
+                if not first:
                     raise
                 failure = str(error)
-            if processes.index == 0:
+            if first:
                 _collect(plan, together, failure)
 
 
@@ -83,21 +84,6 @@ def _collect(plan: Plan, together: RollCall, failure: str) -> None:
     others = "; ".join(f"process {index}: {reason}" for index, reason in failures.items())
     if failure or others:
         raise UserError("; ".join(filter(None, (failure, others))))
-
-
-def _make_share(
-    args: argparse.Namespace, plan: Plan, budget: Budget, limit: int | None, model: Model | None, console: Console
-) -> None:
-    """Make this process's videos; without a model there are none."""
-    if model is None:
-        return
-    with out_of_memory_says(needs(budget, limit)):
-        outputs.remove_stale(plan.output)
-        if args.overwrite:
-            discard(plan)
-        _make_all(plan, budget, model, console, args.checkpoint_every or 0)
-    made = plan.missing[0].video if len(plan.missing) == 1 else f"{len(plan.missing)} videos"
-    console.print(f"{made} in {plan.output}")
 
 
 def prepare(
@@ -142,14 +128,22 @@ def on_devices(plan: Plan, model: Model) -> Model:
     return parallelize(model, mesh.data, mesh.sequence, mesh.tensor, devices=jax.local_devices()[:count])
 
 
-def _make_all(plan: Plan, budget: Budget, model: Model, console: Console, checkpoint_every: int) -> None:
+def _make_share(args: argparse.Namespace, plan: Plan, budget: Budget, model: Model, console: Console) -> None:
+    """Make this process's videos.
+
+    Raises:
+        UserError: a file cannot be written, or videos failed twice.
+    """
+    outputs.remove_stale(plan.output)
+    if args.overwrite:
+        discard(plan)
     done: list[Job] = []
     manifest = Manifest(report_folder(plan.output, plan.processes.index), _entries(plan))
     try:
         with (
             Interruptions() as interruptions,
             ChunkProgress(console) as progress,
-            Keeper(plan, checkpoint_every) as keeper,
+            Keeper(plan, args.checkpoint_every or 0) as keeper,
         ):
             encoded = functools.lru_cache(plan.places)(lambda prompt: encode(model, [prompt]))
             switches = encode_switches(plan, model)
@@ -164,6 +158,8 @@ def _make_all(plan: Plan, budget: Budget, model: Model, console: Console, checkp
         job, reason = next(iter(failures.items()))
         others = f"; so did {len(failures) - 1} others, see {JOBS}" if len(failures) > 1 else ""
         raise UserError(f"{job.video} failed twice: {reason}{others}; {len(done)} of {len(plan.missing)} are complete")
+    made = plan.missing[0].video if len(plan.missing) == 1 else f"{len(plan.missing)} videos"
+    console.print(f"{made} in {plan.output}")
 
 
 def _entries(plan: Plan) -> list[Entry]:

@@ -137,16 +137,54 @@ def make_plan(
     Raises:
         UserError: anything wrong with the flags, the checkpoint's sizes or the output folder.
     """
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    check_dtype(dtype)
     checkpoint = args.checkpoint or SHIPPED
     config, vae = read_config(checkpoint)
     policy = parse(args.policy, dict(args.settings))
     seconds = DEFAULT_SECONDS if args.seconds is None and args.latent_frames is None else args.seconds
     asked = expand(_lengths(requests, config, vae, seconds, args.latent_frames, args.fps), args.num_samples)
+    settings = _settings(args, config, vae, policy, asked)
+    starts: dict[int, ScheduledPrompt] = {}
+    if schedule:
+        times = config.chunk_frames, vae.temporal_factor, args.fps, settings["latent_frames"]
+        starts = switch_frames(schedule, args.prompt_schedule, *times)
+        settings["prompt_schedule"] = [dataclasses.asdict(entry) for entry in schedule]
+        settings["prompt_switch"] = args.prompt_switch or "recache"
+    missing, unrecorded = _missing(args, asked, settings)
+    # Shares of all videos, so that a process finds the videos again whose state it has kept.
+    share = set(processes.share(longest_first(asked)))
+    own = [job for job in missing if job in share]
+    size = settings["height"] // vae.spatial_factor, settings["width"] // vae.spatial_factor
+    mesh = _mesh(args, config, size)
+    mesh = dataclasses.replace(mesh, data=max(1, min(mesh.data, len(own))))
+    return Plan(
+        checkpoint=checkpoint,
+        config=config,
+        vae=vae,
+        policy=policy,
+        settings=settings,
+        asked=asked,
+        missing=own,
+        elsewhere=[job for job in missing if job not in share],
+        unrecorded=unrecorded,
+        places=places_for(len(own), args.batch_size, mesh.data),
+        output=args.output,
+        asked_seconds=seconds if all(request == Request(request.prompt) for request in requests) else None,
+        sampler=args.sampler,
+        schedule=starts,
+        mesh=mesh,
+        processes=processes,
+    )
+
+
+def _settings(
+    args: argparse.Namespace, config: ModelConfig, vae: VAEConfig, policy: MemoryPolicy, asked: list[Job]
+) -> dict[str, Any]:
+    """Return everything that the pixels depend on, but prompts: neither their text nor when they change."""
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    check_dtype(dtype)
     height, width = frame_pixels(config, vae, args.height, args.width)
     settings = {
-        "checkpoint": fingerprint(checkpoint),
+        "checkpoint": fingerprint(args.checkpoint or SHIPPED),
         "policy": {
             "name": policy.name,
             **dataclasses.asdict(policy),  # pyright: ignore[reportArgumentType]
@@ -162,50 +200,28 @@ def make_plan(
     if args.sampler != "chunk":
         settings["sampler"] = args.sampler
         _check_rolling(args, asked)
-    starts: dict[int, ScheduledPrompt] = {}
-    if schedule:
-        length = settings["latent_frames"]
-        starts = switch_frames(
-            schedule, args.prompt_schedule, config.chunk_frames, vae.temporal_factor, args.fps, length
-        )
-        settings["prompt_schedule"] = [dataclasses.asdict(entry) for entry in schedule]
-        settings["prompt_switch"] = args.prompt_switch or "recache"
+    return settings
+
+
+def _missing(args: argparse.Namespace, asked: list[Job], settings: dict[str, Any]) -> tuple[list[Job], list[str]]:
+    """Look into the output folder.
+
+    Returns:
+        The videos that are to be made, and the files that stay though no record tells how they were made.
+
+    Raises:
+        UserError: the folder cannot be written, or holds videos of other settings.
+    """
     outputs.check_writable(args.output)
     recorded = all_records(args.output).keys()
-    if not args.overwrite:
-        outputs.check_settings(args.output, settings, {job.video: job.latent_frames for job in asked})
+    if args.overwrite:
+        return asked, []
+    outputs.check_settings(args.output, settings, {job.video: job.latent_frames for job in asked})
     # Between a video's last byte and its record lies a moment in which a run may be killed.
     begun = {file for file, entry in read_jobs(args.output).items() if entry["state"] != "done"} - recorded
-    missing = [
-        job
-        for job in asked
-        if args.overwrite or job.video in begun or kind_of(args.output / job.video, "the video") == "missing"
-    ]
-    kept = set(asked) - set(missing)
-    # Shares of all videos, so that a process finds the videos again whose state it has kept.
-    share = set(processes.share(longest_first(asked)))
-    elsewhere = [job for job in missing if job not in share]
-    missing = [job for job in missing if job in share]
-    mesh = _mesh(args, config, (height // vae.spatial_factor, width // vae.spatial_factor))
-    mesh = dataclasses.replace(mesh, data=max(1, min(mesh.data, len(missing))))
-    return Plan(
-        checkpoint=checkpoint,
-        config=config,
-        vae=vae,
-        policy=policy,
-        settings=settings,
-        asked=asked,
-        missing=missing,
-        elsewhere=elsewhere,
-        unrecorded=sorted(job.video for job in kept if job.video not in recorded),
-        places=places_for(len(missing), args.batch_size, mesh.data),
-        output=args.output,
-        asked_seconds=seconds if all(request == Request(request.prompt) for request in requests) else None,
-        sampler=args.sampler,
-        schedule=starts,
-        mesh=mesh,
-        processes=processes,
-    )
+    missing = [job for job in asked if job.video in begun or kind_of(args.output / job.video, "the video") == "missing"]
+    kept = {job.video for job in asked} - {job.video for job in missing}
+    return missing, sorted(kept - recorded)
 
 
 def _lengths(

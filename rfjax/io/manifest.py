@@ -5,19 +5,15 @@
 behind until the next one.
 """
 
-import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rfjax.errors import UserError
-from rfjax.io.atomic import replacing
+from rfjax.io.entries import Entry, read_entries, write_entries
 
 JOBS = "jobs.json"
 _SECONDS_BETWEEN_CHUNKS = 1.0
-
-Entry = dict[str, Any]
 
 
 def read_jobs(folder: Path) -> dict[str, Entry]:
@@ -26,18 +22,7 @@ def read_jobs(folder: Path) -> dict[str, Entry]:
     Raises:
         UserError: the file cannot be read or was not written by rfjax.
     """
-    path = folder / JOBS
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["jobs"]
-        return {entry["file"]: {**entry, "state": entry["state"]} for entry in entries}
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} was not written by rfjax ({error!r}); choose another --output or move it away"
-        ) from None
+    return read_entries(folder / JOBS, "jobs", {"file", "prompt", "sample", "chunks", "state"})
 
 
 class Manifest:
@@ -91,9 +76,7 @@ class Manifest:
         self._entries[file] = {**kept, **state}
 
     def _write(self) -> None:
-        lines = [json.dumps(entry, ensure_ascii=False) for entry in self._entries.values()]
-        with replacing(self._path) as temporary:
-            temporary.write_text('{"jobs": [\n' + ",\n".join(lines) + "\n]}\n", encoding="utf-8")
+        write_entries(self._path, "jobs", self._entries.values())
         self._written = time.monotonic()
 
 

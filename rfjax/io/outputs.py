@@ -5,7 +5,6 @@
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import time
@@ -14,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rfjax.errors import UserError
-from rfjax.io.atomic import replacing
+from rfjax.io.entries import Entry, read_entries, write_entries
+from rfjax.io.locks import open_locked
 from rfjax.io.names import output_name, video_name
 from rfjax.io.paths import existing_above, kind_of
 
@@ -27,7 +27,7 @@ _LENGTH = "latent_frames"
 _STALE_SECONDS = 24 * 3600
 """Age of a temporary file that no living process writes any more."""
 
-Record = dict[str, Any]
+Record = Entry
 
 
 def read_records(folder: Path) -> dict[str, Record]:
@@ -36,18 +36,7 @@ def read_records(folder: Path) -> dict[str, Record]:
     Raises:
         UserError: the file cannot be read or was not written by rfjax.
     """
-    path = folder / METADATA
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))["videos"]
-        if not all({"file", "settings", "timeline"} <= record.keys() for record in records):
-            raise ValueError("a video's record lacks 'file', 'settings' or 'timeline'")
-        return {record["file"]: record for record in records}
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} was not written by rfjax ({error}); choose another --output or move it away") from None
+    return read_entries(folder / METADATA, "videos", {"file", "settings", "timeline"})
 
 
 @contextlib.contextmanager
@@ -60,38 +49,19 @@ def updating(folder: Path) -> Iterator[dict[str, Record]]:
     with _locked(folder):
         records = read_records(folder)
         yield records
-        # A record a line: indented, thousands would take Python seconds each time.
-        lines = [json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records.values()]
-        with replacing(folder / METADATA) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            file.write('{"videos": [\n' + ",\n".join(lines) + "\n]}\n")
-            file.flush()
-            os.fsync(file.fileno())
+        write_entries(folder / METADATA, "videos", records.values())
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the lock file of a folder, which is removed afterwards."""
     path = folder / _LOCK
-    descriptor = _open_locked(path)
+    descriptor = open_locked(path, wait=True)
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
         os.close(descriptor)
-
-
-def _open_locked(path: Path) -> int:
-    while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from None
-        with contextlib.suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        with contextlib.suppress(OSError):
-            if os.path.samestat(path.stat(), os.fstat(descriptor)):
-                return descriptor
-        os.close(descriptor)  # its last holder has removed the file, and a third process may hold a new one
 
 
 def check_settings(folder: Path, settings: dict[str, Any], lengths: Mapping[str, int]) -> None:

@@ -1,13 +1,13 @@
 """A folder that one process alone may work in."""
 
 import contextlib
-import fcntl
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from rfjax.errors import UserError
+from rfjax.io.locks import open_locked
 
 _LOCK = ".rfjax.lock"
 
@@ -20,7 +20,10 @@ def owning(folder: Path) -> Iterator[None]:
         UserError: another process has the folder; the message names its host and number.
     """
     path = folder / _LOCK
-    descriptor = _own(path)
+    try:
+        descriptor = open_locked(path, wait=False)
+    except BlockingIOError:
+        raise UserError(f"{folder} is in use by {_owner(path)}; wait for its end, or choose another --output") from None
     try:
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
@@ -30,29 +33,8 @@ def owning(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _own(path: Path) -> int:
-    """Open the lock file and lock it."""
-    while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from None
-        try:
-            _lock(descriptor, path.parent)
-        except UserError:
-            os.close(descriptor)
-            raise
-        with contextlib.suppress(OSError):
-            if os.path.samestat(path.stat(), os.fstat(descriptor)):
-                return descriptor
-        os.close(descriptor)  # its last owner has removed the file, and another process may have made a new one
-
-
-def _lock(descriptor: int, folder: Path) -> None:
+def _owner(path: Path) -> str:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
-        raise UserError(f"{folder} is in use by {owner}; wait for its end, or choose another --output") from None
+        return path.read_text(errors="replace")[:200] or "another process"
     except OSError:
-        pass  # some network file systems have no locks
+        return "another process"

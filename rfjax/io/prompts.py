@@ -42,17 +42,16 @@ def _request(where: str, line: str) -> Request:
     for name in values:
         if name not in known:
             raise UserError(f"{where} has {name!r}; it may have: {', '.join(known)}{nearest(name, known)}")
-    request = Request(**{**values, "prompt": values["prompt"].strip()})
-    seconds, frames = request.seconds, request.latent_frames
-    if not has_word(request.prompt):
-        raise UserError(f"{where}: prompt is {request.prompt!r}; it needs at least one word")
+    prompt, seconds, frames = values["prompt"].strip(), values.get("seconds"), values.get("latent_frames")
+    if not has_word(prompt):
+        raise UserError(f"{where}: prompt is {prompt!r}; it needs at least one word")
     if seconds is not None and frames is not None:
         raise UserError(f"{where} has both seconds and latent_frames; one of them is needed")
     if seconds is not None and (type(seconds) not in (int, float) or not (math.isfinite(seconds) and seconds > 0)):
         raise UserError(f"{where}: seconds is {seconds!r}; a positive number is needed")
     if frames is not None and (type(frames) is not int or frames < 1):
         raise UserError(f"{where}: latent_frames is {frames!r}; a whole number of at least 1 is needed")
-    return request
+    return Request(prompt, None if seconds is None else float(seconds), frames)
 
 
 def read_prompt_file(path: Path) -> list[str]:

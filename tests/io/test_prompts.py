@@ -11,7 +11,7 @@ def test_lines_are_prompts_and_objects_have_lengths(tmp_path):
     assert read_requests(tmp_path / "a.txt") == [Request("a cat"), Request('{"prompt": "a"}')]
     lines = ['{"prompt": " a cat ", "seconds": 30}', "", '{"prompt": "a dog", "latent_frames": 21}', '{"prompt": "b"}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    assert read_requests(tmp_path / "a.jsonl") == [Request("a cat", 30), Request("a dog", None, 21), Request("b")]
+    assert read_requests(tmp_path / "a.jsonl") == [Request("a cat", 30.0), Request("a dog", None, 21), Request("b")]
 
 
 @pytest.mark.parametrize(
