@@ -106,7 +106,7 @@ def test_videos_of_any_lengths_share_a_batch(generate, expected, tmp_path):
         assert len(read_video(tmp_path / "o" / f"{prompt}-0.mp4")) == 1 + 4 * (frames - 1)
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 5, 6])
+@pytest.mark.parametrize("step", [3, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 2, 5, 6))])
 def test_interrupted_jobs_go_on_where_they_were(generate, expected, tmp_path, monkeypatch, step):
     with monkeypatch.context() as patch:
         raise_at(patch, step, KeyboardInterrupt())
@@ -118,7 +118,9 @@ def test_interrupted_jobs_go_on_where_they_were(generate, expected, tmp_path, mo
     check_complete(tmp_path / "o", expected)
 
 
-@pytest.mark.parametrize(("every", "step"), [(1, 3), (2, 4), (2, 6)])
+@pytest.mark.parametrize(
+    ("every", "step"), [(2, 4), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((1, 3), (2, 6)))]
+)
 def test_a_crash_loses_what_came_after_the_last_state(generate, expected, tmp_path, monkeypatch, every, step):
     with monkeypatch.context() as patch:
         raise_at(patch, step, RuntimeError("a bug"))
@@ -146,6 +148,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(generate, expected, tmp_pat
     check_complete(tmp_path / "o", expected)
 
 
+@pytest.mark.slow
 def test_without_any_sound_state_the_videos_begin_anew(generate, expected, tmp_path, monkeypatch):
     stopped(generate, monkeypatch)
     for path in (tmp_path / "o/.rfjax/process-0/state").glob("*/record/metadata"):
@@ -191,6 +194,7 @@ def test_another_model_is_refused(generate, tmp_path, monkeypatch):
     assert "made with checkpoint sha256" in err[0]
 
 
+@pytest.mark.slow
 def test_overwrite_begins_anew(generate, expected, tmp_path, monkeypatch):
     stopped(generate, monkeypatch)
     with monkeypatch.context() as patch:
@@ -200,6 +204,7 @@ def test_overwrite_begins_anew(generate, expected, tmp_path, monkeypatch):
     check_complete(tmp_path / "o", expected)
 
 
+@pytest.mark.slow
 def test_a_video_complete_but_for_its_record_is_made_again(generate, expected, tmp_path):
     assert generate()[0] == 0
     folder = tmp_path / "o"
@@ -268,6 +273,7 @@ def test_too_little_memory_makes_the_batch_smaller(generate, expected, tmp_path,
     check_complete(tmp_path / "o", expected)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_the_state_does_not_stop_the_job(generate, expected, tmp_path, monkeypatch):
     def save(self, step, *_):
         self._report(f"warning: the checkpoint of step {step} is not saved: no space left on the disk")

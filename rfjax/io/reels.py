@@ -49,7 +49,7 @@ class Reel:
         """
         for index in range(count):
             try:
-                with np.load(self._path(index)) as stored:
+                with open(self._path(index), "rb") as file, np.load(file) as stored:
                     yield dict(stored)
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
                 raise DamagedReelError(f"{self._path(index)} cannot be read: {error}") from None
