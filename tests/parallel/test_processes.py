@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_data import make_tiny_checkpoint
@@ -26,7 +27,8 @@ def address() -> str:
 
 def together(count: int, work, present=None, timeout: float = 5.0) -> list:
     """Run `work(roll call)` in a thread a process; return what each returned or raised."""
-    where, ends = address(), [None] * count
+    where = address()
+    ends: list[Any] = [None] * count
 
     def one(index: int) -> None:
         try:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import compilations
 
 from rfjax import memory
 from rfjax.sampling.batch import Batch, Occupant
@@ -80,9 +81,9 @@ def test_refilling_compiles_nothing_more(tiny_model):
     policy = memory.create("relax_forcing")
     refilled(tiny_model, policy, 2, LENGTHS, LENGTHS)
     programs = rollout.step, batch._emptied, batch._text
-    before = [program._cache_size() for program in programs]
+    before = [compilations(program) for program in programs]
     refilled(tiny_model, policy, 2, list(reversed(LENGTHS)), LENGTHS)
-    assert [program._cache_size() for program in programs] == before
+    assert [compilations(program) for program in programs] == before
 
 
 def test_a_kept_state_goes_on_to_the_same_bits(tiny_model):
