@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rfjax import memory
     from rfjax.io.checkpoints import load
     from rfjax.models.model import Model
-    from rfjax.parallel.division import parallelize
+    from rfjax.parallel.division import make_mesh, parallelize
     from rfjax.sampling import rolling
     from rfjax.sampling.codec import decode, encode, encode_prompt, encode_tokens
     from rfjax.sampling.rollout import Chunk, Rollout, rollout, stream
@@ -33,6 +33,7 @@ __all__ = [
     "encode_prompt",
     "encode_tokens",
     "load",
+    "make_mesh",
     "memory",
     "parallelize",
     "rolling",
@@ -44,7 +45,7 @@ _HOMES = {
     **dict.fromkeys(("Chunk", "Rollout", "rollout", "stream"), "rfjax.sampling.rollout"),
     **dict.fromkeys(("decode", "encode", "encode_prompt", "encode_tokens"), "rfjax.sampling.codec"),
     "Model": "rfjax.models.model",
-    "parallelize": "rfjax.parallel.division",
+    **dict.fromkeys(("make_mesh", "parallelize"), "rfjax.parallel.division"),
     "Switch": "rfjax.sampling.switching",
     "load": "rfjax.io.checkpoints",
 }

@@ -14,6 +14,8 @@ from rfjax.io.checkpoints import load
 
 # Every process that a test starts compiles for itself, and nobody's cache folder is touched.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# Compiling is most of the suite's time; without LLVM's optimizations it takes a third. XLA's own passes are all there.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 GOLDEN = Path(__file__).parent / "golden"
 

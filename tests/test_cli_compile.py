@@ -33,7 +33,7 @@ def test_nothing_is_left_to_compile(tmp_path, more):
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     environment |= {"JAX_ENABLE_COMPILATION_CACHE": "true", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    environment |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment |= {"JAX_NUM_CPU_DEVICES": "2"}
 
     def run(command: str) -> tuple[list[str], set[str]]:
         line = [sys.executable, "-m", "rfjax.cli", command, "--checkpoint", "tiny", *more]

@@ -314,7 +314,7 @@ def process_of(command: list[str], cache: Path, devices: int = 1) -> subprocess.
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     environment |= {"JAX_ENABLE_COMPILATION_CACHE": "true", "XDG_CACHE_HOME": str(cache)}
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    environment |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environment |= {"JAX_NUM_CPU_DEVICES": str(devices)}
     command = [sys.executable, "-m", "rfjax.cli", *command]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from rfjax.commands.generation import encode, encode_switches, on_devices, prepare, who
+from rfjax.commands.generation import encode, encode_switches, prepare, who
+from rfjax.commands.meshes import mesh_of
 from rfjax.commands.plan import Plan
 from rfjax.commands.production import empty_places
 from rfjax.commands.prompt_schedule import ScheduledPrompt
@@ -22,6 +23,7 @@ from rfjax.io.checkpoints import TOKENIZER, parameter_trees
 from rfjax.io.prompts import Request
 from rfjax.models.model import Model
 from rfjax.models.tokenizer import Tokenizer
+from rfjax.parallel.division import network_shardings
 from rfjax.sampling.batch import Occupant
 from rfjax.sampling.budget import needs, out_of_memory_says
 from rfjax.sampling.pipeline import keys_from_seed
@@ -43,20 +45,26 @@ def compile_programs(args: argparse.Namespace, requests: list[Request], schedule
         return
     before, since = _programs(folder), time.perf_counter()
     with out_of_memory_says(needs(budget, limit)):
-        _first_chunks(plan, on_devices(plan, _blank(plan)))
+        _first_chunks(plan, _blank(plan))
     made = len(_programs(folder) - before)
     console.print(f"{made} programs compiled in {time.perf_counter() - since:.0f} s, kept in {folder}")
 
 
 def _blank(plan: Plan) -> Model:
-    """Return the plan's model with zeros for weights."""
-    dtype = jnp.dtype(plan.settings["dtype"])
+    """Return the plan's model with zeros for weights, on its devices."""
+    dtype, mesh = jnp.dtype(plan.settings["dtype"]), mesh_of(plan)
+    shapes = parameter_trees(plan.config)
+    shardings = {} if mesh is None else network_shardings(plan.config, mesh, shapes, plan.mesh.fully_sharded)
+
+    def zeros(leaf: Any, sharding: Any = None) -> Any:
+        return jnp.zeros(leaf.shape, dtype, device=sharding)
+
     trees = {
-        name: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), tree)
-        for name, tree in parameter_trees(plan.config).items()
+        name: jax.tree.map(zeros, tree, *([shardings[name]] if name in shardings else []))
+        for name, tree in shapes.items()
     }
     tokenizer = Tokenizer.load(plan.checkpoint / TOKENIZER, plan.config.transformer.text_len)
-    return Model(plan.config, **trees, tokenizer=tokenizer, dtype=dtype)
+    return Model(plan.config, **trees, tokenizer=tokenizer, dtype=dtype, mesh=mesh)
 
 
 def _first_chunks(plan: Plan, model: Model) -> None:

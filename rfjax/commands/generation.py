@@ -1,7 +1,6 @@
 """What `rfjax generate` does once its flags are read: checks, then batches of videos, then their records."""
 
 import argparse
-import dataclasses
 import functools
 import os
 import sys
@@ -14,6 +13,7 @@ from rich.console import Console
 
 from rfjax.commands.interruptions import Interruptions
 from rfjax.commands.keeping import Keeper, as_kept, discard
+from rfjax.commands.meshes import budget_of, idle, mesh_of, on_mesh
 from rfjax.commands.plan import Plan, make_plan
 from rfjax.commands.production import Run, produce
 from rfjax.commands.progress import ChunkProgress
@@ -28,10 +28,8 @@ from rfjax.io.prompts import Request
 from rfjax.io.reports import merge, remove_working_folders, report_folder
 from rfjax.models.model import Model
 from rfjax.models.tokenizer import Tokenizer
-from rfjax.parallel.division import parallelize
 from rfjax.parallel.processes import ALONE, Processes, RollCall, detect
-from rfjax.sampling import rolling
-from rfjax.sampling.budget import GB, Budget, check_fits, device_limit, divide, estimate, needs, out_of_memory_says
+from rfjax.sampling.budget import GB, Budget, check_fits, device_limit, needs, out_of_memory_says
 from rfjax.sampling.codec import encode_prompt
 from rfjax.sampling.jobs import Job
 from rfjax.sampling.switching import Switch
@@ -51,7 +49,7 @@ def generate(args: argparse.Namespace, requests: list[Request], schedule: list[S
         first = processes.index == 0
         if not plan.missing and not (first and plan.elsewhere):
             return
-        model = on_devices(plan, load(plan.checkpoint, dtype=plan.settings["dtype"])) if plan.missing else None
+        model = _load(plan) if plan.missing else None
         own, failure = report_folder(plan.output, processes.index), ""
         outputs.make_folder(own)
         with owning(own):
@@ -101,15 +99,10 @@ def prepare(
     Raises:
         UserError: an input is wrong; nothing has been written.
     """
-    plan = make_plan(args, requests, schedule, processes)
+    limit = device_limit(jax.local_devices()[0])
+    plan = on_mesh(make_plan(args, requests, schedule, processes), args.mesh, args.batch_size, limit)
     plan = plan if args.overwrite else as_kept(plan)
-    budget = estimate(plan.config, plan.policy, plan.video, plan.settings["dtype"], plan.pass_chunks)
-    budget = divide(budget, plan.mesh.sequence, plan.mesh.tensor)
-    if plan.sampler == "rolling":
-        size = plan.video.latent_height, plan.video.latent_width
-        attended = rolling.attended_frames(plan.config, plan.policy, size, plan.video.latent_frames)
-        budget = dataclasses.replace(budget, attended_frames=attended)
-    limit = device_limit(jax.devices()[0])
+    budget = budget_of(plan)
     for line in _introduction(plan, budget, limit):
         console.print(line)
     if plan.missing:
@@ -119,13 +112,9 @@ def prepare(
     return plan, budget, limit
 
 
-def on_devices(plan: Plan, model: Model) -> Model:
-    """Return the model on the devices of the plan."""
-    mesh = plan.mesh
-    count = mesh.data * mesh.group
-    if count == 1:
-        return model
-    return parallelize(model, mesh.data, mesh.sequence, mesh.tensor, devices=jax.local_devices()[:count])
+def _load(plan: Plan) -> Model:
+    dtype, sharded = plan.settings["dtype"], plan.mesh.fully_sharded
+    return load(plan.checkpoint, dtype, mesh=mesh_of(plan), fully_sharded=sharded)
 
 
 def _make_share(args: argparse.Namespace, plan: Plan, budget: Budget, model: Model, console: Console) -> None:
@@ -188,6 +177,11 @@ def _introduction(plan: Plan, budget: Budget, limit: int | None) -> list[str]:
         f"{settings['dtype']}), {plan.policy.name} attending to {budget.attended_frames} latent frames, "
         f"memory {gb(budget.memory)} GB ({gb(budget.total)}{there} GB in all{each})"
     ]
+    if plan.mesh.group > 1:
+        cut = ", parameters cut over both" if plan.mesh.fully_sharded else ""
+        lines.append(f"mesh {plan.mesh}: {plan.mesh.group} devices make each video together{cut}")
+    if plan.missing and plan.sampler == "chunk" and idle(plan):
+        lines.append(f"{idle(plan)} devices have no video to make; with --mesh sequence=N, N make each together")
     if plan.config.description:
         lines.append(f"note: {plan.config.description}")
     if finished := len(plan.asked) - len(plan.missing) - len(plan.elsewhere):

@@ -23,7 +23,7 @@ from rfjax.io.prompts import Request
 from rfjax.io.reports import all_records
 from rfjax.memory import MemoryPolicy, parse
 from rfjax.memory.policy_file import policy_source
-from rfjax.parallel.division import ONE_DEVICE, Sizes, check_heads, check_tokens, fill
+from rfjax.parallel.division import ONE_DEVICE, Sizes
 from rfjax.parallel.processes import ALONE, Processes
 from rfjax.sampling.budget import VideoShape
 from rfjax.sampling.jobs import Job, expand, longest_first, places_for
@@ -126,7 +126,7 @@ def make_plan(
     schedule: list[ScheduledPrompt],
     processes: Processes = ALONE,
 ) -> Plan:
-    """Check everything that can be checked before weights are read, and write nothing.
+    """Check everything that can be checked before weights are read, and write nothing; the plan is for one device.
 
     Args:
         args: of `rfjax generate`.
@@ -153,9 +153,6 @@ def make_plan(
     # Shares of all videos, so that a process finds the videos again whose state it has kept.
     share = set(processes.share(longest_first(asked)))
     own = [job for job in missing if job in share]
-    size = settings["height"] // vae.spatial_factor, settings["width"] // vae.spatial_factor
-    mesh = _mesh(args, config, size)
-    mesh = dataclasses.replace(mesh, data=max(1, min(mesh.data, len(own))))
     return Plan(
         checkpoint=checkpoint,
         config=config,
@@ -166,12 +163,11 @@ def make_plan(
         missing=own,
         elsewhere=[job for job in missing if job not in share],
         unrecorded=unrecorded,
-        places=places_for(len(own), args.batch_size, mesh.data),
+        places=places_for(len(own), args.batch_size),
         output=args.output,
         asked_seconds=seconds if all(request == Request(request.prompt) for request in requests) else None,
         sampler=args.sampler,
         schedule=starts,
-        mesh=mesh,
         processes=processes,
     )
 
@@ -260,23 +256,6 @@ def _check_rolling(args: argparse.Namespace, asked: list[Job]) -> None:
             f"--checkpoint-every {args.checkpoint_every} does not go with --sampler rolling, whose chunks overlap; "
             "use chunk"
         )
-
-
-def _mesh(args: argparse.Namespace, config: ModelConfig, frame_size: tuple[int, int]) -> Sizes:
-    """Return the mesh that `--mesh` says, or all devices for videos of their own where the sampler can use them.
-
-    Raises:
-        UserError: there are not so many devices, tokens or heads do not divide, or the sampler runs on one.
-    """
-    there, asked = jax.local_device_count(), args.mesh
-    if asked is None:
-        return Sizes(data=1 if args.sampler == "rolling" else there)
-    mesh = fill(Sizes(**{"data": 0, **asked}), there)
-    if mesh.data * mesh.group > 1 and args.sampler == "rolling":
-        raise UserError(f"--mesh {mesh} does not go with --sampler rolling, which runs on one device; use chunk")
-    check_heads(config.transformer, mesh)
-    check_tokens(config.transformer, frame_size, mesh.sequence)
-    return mesh
 
 
 def read_config(checkpoint: Path) -> tuple[ModelConfig, VAEConfig]:

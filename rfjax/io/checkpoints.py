@@ -21,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from flax import nnx
+from jax.sharding import Mesh, Sharding
 
 from rfjax.config import ModelConfig, load_model_config
 from rfjax.errors import UserError, nearest
@@ -32,6 +33,7 @@ from rfjax.models.text_encoder import UMT5Encoder
 from rfjax.models.tokenizer import Tokenizer
 from rfjax.models.transformer import WanTransformer
 from rfjax.models.vae import WanVAE
+from rfjax.parallel.division import network_shardings
 
 DTYPES = ("float32", "bfloat16")
 CONFIG = "config.json"
@@ -233,23 +235,28 @@ def _text_keys(tree: Any) -> Any:
     return {str(key): _text_keys(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
 
 
-def load(path: str | Path, dtype: str = "float32") -> Model:
+def load(path: str | Path, dtype: str = "float32", *, mesh: Mesh | None = None, fully_sharded: bool = False) -> Model:
     """Load a checkpoint folder.
 
     Args:
         path: A folder that `rfjax convert` or training wrote.
         dtype: `float32` or `bfloat16`: type of the parameters and of the networks' computation.
+        mesh: From `rfjax.make_mesh`: each device is given its part of every parameter alone. None: one device.
+        fully_sharded: See `rfjax.parallelize`.
 
     Returns:
         The model with those networks that the folder holds, every parameter a `jax.Array` of `dtype`.
 
     Raises:
-        UserError: the folder is missing, incomplete or damaged, or `dtype` is unknown.
+        UserError: the folder is missing, incomplete or damaged, `dtype` is unknown, or the model does not divide over
+            the mesh.
     """
     kind = check_dtype(dtype)
     folder = Path(path)
     config = load_checkpoint_config(folder)
-    trees = {name: _restore(folder / name, tree, kind) for name, tree in parameter_trees(config).items()}
+    shapes = parameter_trees(config)
+    shardings = {} if mesh is None else network_shardings(config, mesh, shapes, fully_sharded)
+    trees = {name: _restore(folder / name, tree, kind, shardings.get(name)) for name, tree in shapes.items()}
     tokenizer = folder / TOKENIZER
     return Model(
         config,
@@ -260,6 +267,7 @@ def load(path: str | Path, dtype: str = "float32") -> Model:
         if kind_of(tokenizer, "the folder") == "folder"
         else None,
         dtype=kind,
+        mesh=mesh,
     )
 
 
@@ -317,15 +325,15 @@ def read_leaf(folder: Path, path: str, layers: int | None = None) -> Iterator[np
             yield store[index].read().result()
 
 
-def _restore(folder: Path, expected: Params, dtype: np.dtype[Any]) -> Params:
+def _restore(folder: Path, expected: Params, dtype: np.dtype[Any], shardings: Params | None = None) -> Params:
     stores = _open_all(folder, expected)
 
-    # One after another, so that the host holds a single parameter on its way to the device.
-    def leaf(keys: tuple[Any, ...], _: Any) -> jax.Array:
-        return jax.device_put(tensorstore.cast(stores[_path(keys)], dtype).read().result())
+    # One after another, so that the host holds a single parameter on its way to the device, or devices.
+    def leaf(keys: tuple[Any, ...], _: Any, *sharding: Sharding) -> jax.Array:
+        return jax.device_put(tensorstore.cast(stores[_path(keys)], dtype).read().result(), *sharding)
 
     with readable(folder):
-        return jax.tree_util.tree_map_with_path(leaf, expected)
+        return jax.tree_util.tree_map_with_path(leaf, expected, *([] if shardings is None else [shardings]))
 
 
 def _open_all(folder: Path, expected: Params) -> dict[str, tensorstore.TensorStore]:

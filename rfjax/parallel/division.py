@@ -1,7 +1,7 @@
 """The mesh `(data, sequence, tensor)` of generation: groups of devices with samples of their own, that divide each."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from rfjax.config import TransformerConfig
+from rfjax.config import ModelConfig, TransformerConfig
 from rfjax.errors import UserError
 from rfjax.models.functional import BLOCKS
 from rfjax.models.layout import SEQUENCE, TENSOR, parameter_spec, path_of
@@ -42,40 +42,67 @@ class Sizes:
 ONE_DEVICE = Sizes()
 
 
-def parallelize(
-    model: Model,
-    data: int = 0,
-    sequence: int = 1,
-    tensor: int = 1,
-    *,
-    fully_sharded: bool = False,
-    devices: Sequence[Any] | None = None,
-) -> Model:
-    """Return the model on a mesh of devices, on which `rfjax.stream` and `rfjax.rollout` then run.
+def make_mesh(data: int = 0, sequence: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
+    """Return the mesh on which `rfjax.load` and `rfjax.parallelize` lay a model.
 
     Args:
-        model: from `rfjax.load`.
         data: groups of devices that each take an equal part of the batch; 0 takes as many as there are devices for.
         sequence: devices of a group among which the tokens of a chunk are divided.
         tensor: devices among which heads and the feed-forward part's hidden channels are divided.
-        fully_sharded: also cut the parameters over `sequence`, and gather them layer by layer: needs the least memory.
         devices: those of this process where None.
 
     Raises:
-        UserError: the sizes do not multiply to the devices, or the model's heads or hidden channels do not divide.
+        UserError: the sizes do not multiply to the devices.
     """
     devices = jax.local_devices() if devices is None else devices
-    sizes = fill(Sizes(data, sequence, tensor, fully_sharded), len(devices), exactly=True)
-    check_heads(model.config.transformer, sizes)
-    mesh = division_mesh(sizes, devices)
-    networks = {"transformer": model.transformer, "vae": model.vae}
-    if sizes.group > 1:  # else prompts are encoded where they were before
-        networks["text_encoder"] = model.text_encoder
-    placed = {
-        name: None if params is None else jax.device_put(params, parameter_shardings(mesh, params, fully_sharded))
-        for name, params in networks.items()
-    }
+    sizes = fill(Sizes(data, sequence, tensor), len(devices), exactly=True)
+    return division_mesh(sizes, devices)
+
+
+def parallelize(model: Model, mesh: Mesh | None = None, *, fully_sharded: bool = False) -> Model:
+    """Return the model on several devices, on which `rfjax.stream` and `rfjax.rollout` then run.
+
+    `rfjax.load(path, mesh=mesh)` gives the same without all weights ever being on one device.
+
+    Args:
+        model: from `rfjax.load`.
+        mesh: from `make_mesh`; None is one of all devices, each with videos of its own.
+        fully_sharded: also cut the parameters over `sequence`, and gather them layer by layer: needs the least memory.
+
+    Raises:
+        UserError: the model's heads or hidden channels do not divide over `tensor`.
+    """
+    mesh = make_mesh() if mesh is None else mesh
+    networks = {"transformer": model.transformer, "vae": model.vae, "text_encoder": model.text_encoder}
+    trees = {name: params for name, params in networks.items() if params is not None}
+    shardings = network_shardings(model.config, mesh, trees, fully_sharded)
+    placed = {name: jax.device_put(trees[name], sharding) for name, sharding in shardings.items()}
     return dataclasses.replace(model, mesh=mesh, **placed)
+
+
+def network_shardings(
+    config: ModelConfig, mesh: Mesh, networks: Mapping[str, PyTree], fully_sharded: bool = False
+) -> dict[str, PyTree]:
+    """Return a `NamedSharding` for every parameter of a model's networks.
+
+    Where devices do not divide videos, prompts are encoded on one, and the text encoder is left out.
+
+    Args:
+        config: the model's.
+        mesh: from `make_mesh`.
+        networks: parameters or their shapes, by the network's name.
+        fully_sharded: see `parallelize`.
+
+    Raises:
+        UserError: the model's heads or hidden channels do not divide over `tensor`.
+    """
+    sizes = Sizes(**mesh.shape)
+    check_heads(config.transformer, sizes)
+    return {
+        name: parameter_shardings(mesh, params, fully_sharded)
+        for name, params in networks.items()
+        if name != "text_encoder" or sizes.group > 1
+    }
 
 
 def fill(sizes: Sizes, devices: int, exactly: bool = False) -> Sizes:

@@ -13,10 +13,11 @@ from rfjax.config import ModelConfig
 from rfjax.errors import UserError
 from rfjax.memory import MemoryPolicy, footprint
 from rfjax.models.attention import SCORE_BYTES
-from rfjax.models.functional import abstract_params
+from rfjax.models.functional import BLOCKS, abstract_params
 from rfjax.models.text_encoder import UMT5Encoder
 from rfjax.models.transformer import WanTransformer
 from rfjax.models.vae import WanVAE, decode_init
+from rfjax.parallel.division import Sizes
 from rfjax.sampling.state import memory_shape
 
 GB = 1e9
@@ -41,6 +42,8 @@ class Budget:
     attended_frames: int
     """Latent frames that a chunk attends to once the memory is full, its own included."""
     weights: int
+    layer: int
+    """Weights of one layer of the transformer, among them."""
     memory: int
     """The policy's stored frames and the view of one chunk."""
     working: int
@@ -70,24 +73,28 @@ def estimate(config: ModelConfig, policy: MemoryPolicy, video: VideoShape, dtype
     memory = footprint(policy, shape, video.latent_frames, jnp.dtype(dtype))
     networks = [(WanTransformer, config.transformer), (WanVAE, config.vae), (UMT5Encoder, config.umt5)]
     parameters = sum(_numbers(abstract_params(network, sizes)) for network, sizes in networks if sizes is not None)
+    layers = abstract_params(WanTransformer, config.transformer)[BLOCKS]
     return Budget(
         parameters=parameters,
         attended_frames=memory.attended_frames,
         weights=parameters * itemsize,
+        layer=_numbers(layers) // config.transformer.num_layers * itemsize,
         memory=memory.state_bytes + memory.view_bytes,
         working=_denoising_bytes(config, video, memory.attended_frames, itemsize, pass_chunks)
         + _decoding_bytes(config, video, dtype),
     )
 
 
-def divide(budget: Budget, sequence: int, tensor: int) -> Budget:
-    """Return what each device needs where several divide a video (`rfjax.parallelize`), about: all but the weights.
+def divide(budget: Budget, mesh: Sizes) -> Budget:
+    """Return about what each device needs where several divide a video.
 
-    The weights are cut over `tensor` alone.
+    Weights are cut over `tensor`, and where they are fully sharded over `sequence` too; two layers are then gathered.
     """
-    group = sequence * tensor
+    weights = budget.weights // mesh.tensor
+    if mesh.fully_sharded:
+        weights = weights // mesh.sequence + 2 * budget.layer // mesh.tensor
     return dataclasses.replace(
-        budget, weights=budget.weights // tensor, memory=budget.memory // group, working=budget.working // group
+        budget, weights=weights, memory=budget.memory // mesh.group, working=budget.working // mesh.group
     )
 
 
@@ -127,9 +134,10 @@ def _decoding_bytes(config: ModelConfig, video: VideoShape, dtype: str) -> int:
 
 
 def device_limit(device: Any) -> int | None:
-    """Bytes that this process may use of a `jax.Device`; of the machine's free memory on a CPU; None if unknown."""
+    """Bytes that this process may use of a `jax.Device`; on a CPU its share of what is free; None if unknown."""
     if device.platform == "cpu":
-        return host_limit(Path("/"))
+        free = host_limit(Path("/"))
+        return None if free is None else free // jax.local_device_count()
     statistics = device.memory_stats() or {}
     return statistics.get("bytes_limit")
 

@@ -266,7 +266,7 @@ def test_other_number_of_devices(tmp_path):
             assert checkpoints.save(2, jax.device_put(make_state(2, rows=320), shardings), READER, SETTINGS)
     """
     write(tmp_path, [1], rows=320)
-    done = run(code, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    done = run(code, tmp_path, JAX_NUM_CPU_DEVICES="8")
     assert done.returncode == 0, done.stderr
     with Checkpoints(tmp_path, 2) as checkpoints:
         step, state, _ = checkpoints.restore(None, abstract(make_state(2, rows=320)))

@@ -113,6 +113,7 @@ def test_relax_small_reservoir(positions):
     check_relax({"reservoir_frames": 18, "positions": positions}, 20)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_relax_any_settings(data):

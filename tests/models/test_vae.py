@@ -78,7 +78,7 @@ def test_streaming_equals_decoding_at_once(params, golden, partition):
     close(jnp.concatenate(video, axis=1), decode(CONFIG, params, latents), 1e-6)
 
 
-@pytest.mark.parametrize("frames", [1, 13])
+@pytest.mark.parametrize("frames", [pytest.param(1, marks=pytest.mark.slow), 13])
 def test_training_sees_what_encoding_and_decoding_in_groups_see(params, golden, frames):
     video = golden["video"][:, :frames]
     mean, log_variance = posterior(CONFIG, params, video)
@@ -111,6 +111,7 @@ def test_samples_do_not_mix(params, golden):
     close(decode(CONFIG, params, swapped)[order], decoded)
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_compute_in_bfloat16(params, golden):
     narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     latents = encode(CONFIG, narrow, golden["video"][:, :5])

@@ -1,5 +1,7 @@
 """Videos divided among devices of a group; `test_mesh.py` runs this file in a process that has eight."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,13 @@ import pytest
 from eight_devices_rollout import embeds
 from test_cli_generate import make_checkpoint
 
-from rfjax import cli, memory, parallelize, rollout
+from rfjax import cli, make_mesh, memory, parallelize, rollout
 from rfjax.io.checkpoints import load
+from rfjax.parallel.collectives import collectives
+from rfjax.sampling import rollout as module
 from rfjax.sampling.batch import Batch, Occupant
 from rfjax.sampling.pipeline import keys_from_seed
+from rfjax.sampling.request import request_of, spread_noise
 from rfjax.sampling.switching import Switch
 
 SIZE, SAMPLES = (8, 8), 2
@@ -19,13 +24,31 @@ MESHES = [(2, 4, 1), (2, 2, 2), (1, 8, 1), (1, 4, 2), (4, 2, 1), (4, 1, 2)]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return load(make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny"))
+def checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return load(checkpoint)
+
+
+@pytest.mark.parametrize("fully_sharded", [False, True])
+@pytest.mark.parametrize("mesh", [(2, 4, 1), (2, 2, 2), (8, 1, 1)], ids=str)
+def test_weights_are_read_into_their_places(checkpoint, model, mesh, fully_sharded):
+    mesh = make_mesh(*mesh)
+    read = load(checkpoint, mesh=mesh, fully_sharded=fully_sharded)
+    moved = parallelize(model, mesh, fully_sharded=fully_sharded)
+    for name in ("transformer", "vae", "text_encoder"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(read, name), getattr(moved, name))
+        places = [jax.tree.map(lambda leaf: leaf.sharding, getattr(each, name)) for each in (read, moved)]
+        assert places[0] == places[1]
+    assert read.mesh == mesh
 
 
 def both(model, mesh, policy, samples=SAMPLES, **given):
     shape = (samples, *SHAPE[1:])
-    divided = parallelize(model, *mesh, fully_sharded=mesh[1] == 4)
+    divided = parallelize(model, make_mesh(*mesh), fully_sharded=mesh[1] == 4)
     given = {"key": jax.random.key(5), **given}
     return [rollout(each, policy, embeds(model, samples), shape, **given) for each in (model, divided)]
 
@@ -43,6 +66,36 @@ def test_every_policy_is_that_of_one_device(model, mesh, name):
     alone, together = both(model, mesh, memory.create(name), max(SAMPLES, mesh[0]))
     np.testing.assert_allclose(together.latents, alone.latents, atol=3e-5)
     np.testing.assert_array_equal(together.trace.frames, alone.trace.frames)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "fully_sharded", "expected"),
+    [
+        ((8, 1, 1), False, {}),
+        ((4, 2, 1), False, {"all-to-all": 60, "all-gather": 4, "all-reduce": 2}),
+        ((2, 4, 1), False, {"all-gather": 64, "all-reduce": 2}),
+        ((4, 1, 2), False, {"all-reduce": 76}),
+        ((2, 2, 2), False, {"all-gather": 64, "all-reduce": 78}),
+        ((4, 2, 1), True, {"all-to-all": 60, "all-gather": 127, "all-reduce": 2}),
+    ],
+    ids=str,
+)
+def test_collectives_of_a_chunk(model, mesh, fully_sharded, expected):
+    """In each of 3 layers and 5 passes 4 exchanges, or 4 gatherings of keys and values; over `tensor` 5 sums.
+
+    Fully sharded, 8 parameters a layer are gathered. The few others are outside of the layers: the policy's scores, the
+    chunk's latents.
+    """
+    divided = parallelize(model, make_mesh(*mesh), fully_sharded=fully_sharded)
+    policy, texts = memory.create("relax_forcing"), jnp.asarray(embeds(model))
+    sizes, noise = request_of(divided.config, texts, (8, *SHAPE[1:]), None, jax.random.key(0), None)
+    text, state = module.begin(divided, policy, texts, sizes)
+    shared = (divided.config, sizes.frame_size, policy, divided.transformer)
+    step = module.step.lower(*shared, text, state, spread_noise(noise, divided.mesh).at(0), divided.mesh)
+    found = collections.Counter()
+    for each in collectives(step.compile()):
+        found[each.kind] += each.times
+    assert found == expected
 
 
 def test_prompts_that_change(model):
@@ -65,7 +118,7 @@ def test_pixels_of_places_that_take_the_next_video(model, mesh):
         made += [batch.step().fetch(), batch.step().fetch()]
         return [np.concatenate([pieces[place].frames for pieces in made]) for place in (0, 1)]
 
-    for one, other in zip(frames(model), frames(parallelize(model, *mesh)), strict=True):
+    for one, other in zip(frames(model), frames(parallelize(model, make_mesh(*mesh))), strict=True):
         assert np.abs(one.astype(int) - other).max() <= 1
 
 

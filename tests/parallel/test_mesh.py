@@ -18,7 +18,7 @@ from rfjax.parallel.mesh import check_batch, make_mesh, parameter_sharding
 @pytest.mark.parametrize("name", ["eight_devices", "eight_devices_rollout", "eight_devices_division"])
 def test_on_eight_devices(name):
     file = Path(__file__).with_name(f"{name}.py")
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", str(file)]
     done = subprocess.run(command, env=environment, cwd=file.parents[2], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-5000:]

@@ -137,7 +137,7 @@ def job(tmp_path):
     make_tiny_checkpoint(tmp_path / "tiny")
     lines = [json.dumps({"prompt": prompt, "latent_frames": frames}) for prompt, frames in LENGTHS.items()]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
 
     def start(output: str, *more: str) -> subprocess.Popen:
         flags = ["--checkpoint", "tiny", "--prompt-file", "prompts.jsonl", "--output", output, *more]

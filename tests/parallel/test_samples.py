@@ -8,7 +8,7 @@ from conftest import golden
 
 from rfjax import memory, rollout
 from rfjax.errors import UserError
-from rfjax.parallel.division import parallelize
+from rfjax.parallel.division import make_mesh, parallelize
 from rfjax.parallel.samples import check_samples, sample_axes
 
 
@@ -20,7 +20,7 @@ def test_the_axis_of_samples_is_read_off_the_shapes():
 
 
 def test_a_mesh_of_one_device_gives_what_the_device_does(tiny_model):
-    model, policy = parallelize(tiny_model, devices=jax.devices()[:1]), memory.create("relax_forcing")
+    model, policy = parallelize(tiny_model, make_mesh(devices=jax.devices()[:1])), memory.create("relax_forcing")
     embeds = np.asarray(golden("rollout_dense")["context"])[:1]
     videos = [rollout(each, policy, embeds, (1, 12, 6, 8, 4), key=jax.random.key(2)) for each in (tiny_model, model)]
     np.testing.assert_allclose(videos[1].latents, videos[0].latents, atol=1e-5)

@@ -16,7 +16,7 @@ from rfjax.sampling import rollout as module
 
 POLICIES = sorted(memory.POLICIES)
 PRESETS = preset_names("policies")
-QUICK = ("relax_forcing", "self_forcing")
+QUICK = ("relax_forcing",)
 KEY = jax.random.key(11)
 
 

@@ -155,6 +155,7 @@ def two_steps(tiny_model):
     return with_steps(tiny_model, 1000, 500)
 
 
+@pytest.mark.slow
 def test_noise_is_drawn_as_by_the_chunk_rollout(two_steps):
     key = jax.random.key(11)
 
@@ -169,6 +170,7 @@ def test_noise_is_drawn_as_by_the_chunk_rollout(two_steps):
     np.testing.assert_allclose(given, latents, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_streams_of_single_samples_give_the_rollout_of_the_batch(two_steps):
     policy, keys = rolling_forcing(), jax.random.split(jax.random.key(3), 2)
     together = rolling.rollout(two_steps, policy, context(2), (2, 18, 6, 8, 4), key=keys)

@@ -162,6 +162,7 @@ def test_the_step_updates_its_memory_in_place(tiny_model):
     assert memory_use.alias_size_in_bytes >= store
 
 
+@pytest.mark.slow
 def test_bfloat16_rollout_follows_float32(tiny_checkpoint, tiny_model):
     """Measured: 0.33% of the range at worst, 0.06% on average, and no more after 10 chunks than after one."""
     half = rfjax.load(tiny_checkpoint, "bfloat16")
@@ -217,6 +218,7 @@ def test_noise_of_another_type_is_taken(tiny_model):
     assert np.abs(result.latents - golden("rollout_relax")["latents"]).max() > 0
 
 
+@pytest.mark.slow
 def test_legacy_keys_are_taken(tiny_model):
     old, new = jax.random.PRNGKey(4), jax.random.key(4)
     policy = memory.create("relax_forcing")

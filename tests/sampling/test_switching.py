@@ -45,7 +45,7 @@ def follow(model, policy, frames):
     return state, np.concatenate(latents, axis=1), keys, values
 
 
-@pytest.mark.parametrize("start", [3, 12, 15, 24])
+@pytest.mark.parametrize("start", [12, *(pytest.param(start, marks=pytest.mark.slow) for start in (3, 15, 24))])
 def test_recache_is_longlives(tiny_model, start):
     policy, config = longlive(), tiny_model.config.transformer
     state, latents, keys, values = follow(tiny_model, policy, start)
@@ -121,6 +121,7 @@ def test_streaming_gives_the_same_numbers(tiny_model):
     np.testing.assert_array_equal(np.stack([c.trace.positions for c in chunks]), whole.trace.positions)
 
 
+@pytest.mark.slow
 def test_a_switch_in_a_continued_video(tiny_model):
     policy = longlive()
     switch = rfjax.Switch(18, context(1))
@@ -181,7 +182,7 @@ def test_closed_up_memories_stand_before_the_renewed_frames(tiny_model):
         np.testing.assert_allclose(older.keys[:, :, slot : slot + 1], want, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "kept"), [("memrope", 5), ("reward_forcing", 3)])
+@pytest.mark.parametrize(("name", "kept"), [pytest.param("memrope", 5, marks=pytest.mark.slow), ("reward_forcing", 3)])
 def test_what_a_recache_does_not_renew_is_attended(tiny_model, name, kept):
     """Averages and blended sinks, however new what was folded into them last."""
     policy = memory.create(name)
@@ -233,6 +234,7 @@ def test_a_prompt_that_does_not_fit(tiny_model):
         run(tiny_model, longlive(), [rfjax.Switch(12, np.concatenate([context(0), context(1)]))])
 
 
+@pytest.mark.slow
 def test_given_latents_of_64_bits(tiny_model):
     given = np.random.default_rng(0).normal(size=(1, 3, 6, 8, 4))
     with jax.enable_x64(True):

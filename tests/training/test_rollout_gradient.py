@@ -143,6 +143,7 @@ def test_is_the_transcription(params, name):
         np.testing.assert_allclose(one, other, atol=1e-4 * scale, err_msg=str(path))
 
 
+@pytest.mark.slow
 def test_finite_differences(params):
     """Along the gradient of each parameter alone, noisy inputs and memory held constant; and not so if they follow."""
     policy, plan, exit_step = case("window")
@@ -235,6 +236,7 @@ def test_later_steps_are_not_computed_and_one_program_serves_all_exits(params, m
     assert np.abs(results[1] - results[2]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_remat_gives_the_same(params):
     policy, plan = memory.create("self_forcing", window_frames=4), dataclasses.replace(PLAN, gradient_chunks=2)
     noise, embeds = draws()

@@ -79,6 +79,7 @@ def test_losses_of_pytorch(golden_config):
     np.testing.assert_allclose(by_x * by_x.size, data["dloss_dx"] * by_x.size, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_each_player_learns_alone_and_the_key_decides_everything(game):
     params, frozen, batch = game
     stage = make()
