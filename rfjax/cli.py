@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from rfjax.commands.interruptions import Terminated, termination_raises
 from rfjax.errors import UserError, nearest
+from rfjax.io.paths import cache_folder
 from rfjax.version import rfjax_version
 
 COMMANDS = {
@@ -96,10 +97,9 @@ def _keep_compiled_programs() -> None:
     Programs for a CPU suit its model alone, so each model of CPU has a folder.
     """
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = hashlib.sha256("".join(sorted({line for line in lines if line.startswith(("model", "flags"))})).encode())
-        folder = cache / "rfjax" / "compiled" / cpu.hexdigest()[:12]
+        folder = cache_folder() / "compiled" / cpu.hexdigest()[:12]
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # no home, no right to write there, or no Linux: compile each time
         return

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from rfjax.commands.flags import add_batch_size, add_dtype, number, whole
+from rfjax.commands.flags import add_batch_size, add_dtype, input_path, number, output_folder, whole
 from rfjax.errors import UserError
 
 _SECONDS_BETWEEN_LINES = 5.0
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind = kinds.add_parser(
             name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {details}", allow_abbrev=False
         )
-        kind.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder to create")
+        kind.add_argument("--output", metavar="DIR", type=output_folder, required=True, help="folder to create")
         kind.set_defaults(build=build)
         return kind
 
@@ -92,7 +92,7 @@ def _add_sizes(kind: argparse.ArgumentParser, frames: str, height: str, width: s
 
 def _add_latents(kind: argparse.ArgumentParser) -> None:
     kind.add_argument("--dataset", metavar="DIR", type=Path, required=True, help="clips: all splits are encoded")
-    kind.add_argument("--checkpoint", metavar="DIR", type=Path, required=True, help="with the autoencoder")
+    kind.add_argument("--checkpoint", metavar="DIR", type=input_path, required=True, help="with the autoencoder")
     kind.add_argument("--frames", metavar="N", type=whole(1), help="first video frames of each clip (default: all)")
     kind.add_argument(
         "--embed-prompts",
@@ -110,7 +110,7 @@ def _add_trajectories(kind: argparse.ArgumentParser) -> None:
         required=True,
         help="text file with a prompt a line, or dataset whose captions are taken",
     )
-    kind.add_argument("--checkpoint", metavar="DIR", type=Path, required=True, help="the teacher")
+    kind.add_argument("--checkpoint", metavar="DIR", type=input_path, required=True, help="the teacher")
     kind.add_argument(
         "--count", metavar="N", type=whole(1), required=True, help="trajectories; prompts are repeated if fewer"
     )

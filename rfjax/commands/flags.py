@@ -3,7 +3,9 @@
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 
+from rfjax.errors import UserError
 from rfjax.parallel.processes import Processes
 
 MESH_AXES = "data", "sequence", "tensor"
@@ -39,6 +41,27 @@ def setting(text: str) -> tuple[str, str]:
     if not equals or not key:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, such as history_frames=2")
     return key, value
+
+
+def input_path(text: str) -> Path:
+    """Read a path, or an address such as `gs://bucket/checkpoint`, of which the path of a local copy is returned."""
+    if "://" not in text:
+        return Path(text)
+    from rfjax.io.remote import local
+
+    try:
+        return local(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def output_folder(text: str) -> Path:
+    """Read the path of a folder to write to."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is an address, and outputs go to folders; mount the bucket (gcsfuse, Mountpoint for S3)"
+        )
+    return Path(text)
 
 
 def mesh(text: str) -> dict[str, int]:

@@ -4,7 +4,17 @@ import argparse
 import math
 from pathlib import Path
 
-from rfjax.commands.flags import add_batch_size, add_dtype, add_settings, mesh, number, processes, whole
+from rfjax.commands.flags import (
+    add_batch_size,
+    add_dtype,
+    add_settings,
+    input_path,
+    mesh,
+    number,
+    output_folder,
+    processes,
+    whole,
+)
 from rfjax.commands.prompt_schedule import ScheduledPrompt, read_schedule
 from rfjax.errors import UserError
 from rfjax.io import prompts
@@ -28,13 +38,13 @@ def _add_what(what: argparse._ArgumentGroup) -> None:
     source.add_argument(
         "--prompt-file",
         metavar="FILE",
-        type=Path,
+        type=input_path,
         help='a prompt a line, UTF-8; in a .jsonl file {"prompt": TEXT, "seconds": S} a line, videos of any lengths',
     )
     source.add_argument(
         "--prompt-schedule",
         metavar="FILE",
-        type=Path,
+        type=input_path,
         help="prompts that change in the video: a YAML list of {at: SECOND, prompt: TEXT}, cut: true for a new scene",
     )
     what.add_argument(
@@ -70,8 +80,9 @@ def _add_how(how: argparse._ArgumentGroup) -> None:
     how.add_argument(
         "--checkpoint",
         metavar="DIR",
-        type=Path,
-        help="written by rfjax convert (default: the small model of moving shapes that comes with rfjax)",
+        type=input_path,
+        help="written by rfjax convert, or its address, as gs://BUCKET/DIR (default: the small model of moving shapes "
+        "that comes with rfjax)",
     )
     how.add_argument(
         "--policy",
@@ -117,7 +128,7 @@ def _add_where(where: argparse._ArgumentGroup) -> None:
     where.add_argument(
         "--output",
         metavar="DIR",
-        type=Path,
+        type=output_folder,
         default=Path("outputs"),
         help="folder of <prompt>-<sample>.mp4, metadata.json and the memory timelines (default: outputs); "
         "videos that it already holds are not made again",

@@ -1,9 +1,8 @@
 """`rfjax sweep`: the flags, and what a study file holds."""
 
 import argparse
-from pathlib import Path
 
-from rfjax.commands.flags import add_batch_size, add_dtype, whole
+from rfjax.commands.flags import add_batch_size, add_dtype, input_path, output_folder, whole
 
 _STUDY = """\
 A study is a YAML file:
@@ -46,11 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a YAML file, or a study that comes with rfjax: policies (all that need no training, on the same prompts) "
         "or redundancy_weight (50 values of it)",
     )
-    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of everything that is made")
+    parser.add_argument(
+        "--output", metavar="DIR", type=output_folder, required=True, help="folder of everything that is made"
+    )
     parser.add_argument(
         "--checkpoint",
         metavar="DIR",
-        type=Path,
+        type=input_path,
         help="written by rfjax convert (default: the small model of moving shapes that comes with rfjax)",
     )
     add_dtype(parser)

@@ -1,9 +1,8 @@
 """`rfjax train`: one stage of training, from a configuration to a checkpoint folder."""
 
 import argparse
-from pathlib import Path
 
-from rfjax.commands.flags import add_settings
+from rfjax.commands.flags import add_settings, output_folder
 from rfjax.errors import UserError
 
 _FOLDER = """\
@@ -28,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", metavar="FILE", required=True, help="a YAML file, or the name of one in configs/train"
     )
-    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--output", metavar="DIR", type=output_folder, required=True, help="folder of the run")
     add_settings(parser, "a setting in place of the file's, such as optimizer.learning_rate=1e-4")
     parser.add_argument("--distributed", action="store_true", help="be one of several processes that train together")
 

@@ -27,6 +27,7 @@ from rfjax.config import ModelConfig, load_model_config
 from rfjax.errors import UserError, nearest
 from rfjax.io.atomic import temporary_name, write_json
 from rfjax.io.paths import existing_above, kind_of, list_folder
+from rfjax.io.remote import local
 from rfjax.models.functional import Params, abstract_params
 from rfjax.models.model import Model
 from rfjax.models.text_encoder import UMT5Encoder
@@ -239,7 +240,8 @@ def load(path: str | Path, dtype: str = "float32", *, mesh: Mesh | None = None, 
     """Load a checkpoint folder.
 
     Args:
-        path: A folder that `rfjax convert` or training wrote.
+        path: A folder that `rfjax convert` or training wrote, or its address, such as `gs://bucket/checkpoint`, which
+            is then copied once (`rfjax.io.remote`).
         dtype: `float32` or `bfloat16`: type of the parameters and of the networks' computation.
         mesh: From `rfjax.make_mesh`: each device is given its part of every parameter alone. None: one device.
         fully_sharded: See `rfjax.parallelize`.
@@ -252,7 +254,7 @@ def load(path: str | Path, dtype: str = "float32", *, mesh: Mesh | None = None, 
             the mesh.
     """
     kind = check_dtype(dtype)
-    folder = Path(path)
+    folder = local(path)
     config = load_checkpoint_config(folder)
     shapes = parameter_trees(config)
     shardings = {} if mesh is None else network_shardings(config, mesh, shapes, fully_sharded)

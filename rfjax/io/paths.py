@@ -1,5 +1,6 @@
 """What lies at a path that a user gave."""
 
+import os
 import stat
 from pathlib import Path
 from typing import Literal
@@ -46,3 +47,8 @@ def existing_above(path: Path) -> Path:
         UserError: one of them cannot be looked at.
     """
     return next(above for above in path.absolute().parents if kind_of(above, "the folder") != "missing")
+
+
+def cache_folder() -> Path:
+    """Return the folder of what can be had again: `$XDG_CACHE_HOME/rfjax`, or `~/.cache/rfjax`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rfjax"

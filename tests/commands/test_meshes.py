@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import jax
 import pytest
@@ -20,7 +21,7 @@ from rfjax.sampling.jobs import Job
 GB = 10**9
 
 
-def plan_of(name: str, videos: int = 16, sampler="chunk") -> Plan:
+def plan_of(name: str, videos: int = 16, sampler: Literal["chunk", "rolling"] = "chunk") -> Plan:
     config = load_model_config(preset_path("models", name))
     assert config.vae is not None
     jobs = [Job("a fox", sample, 240) for sample in range(videos)]
