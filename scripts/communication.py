@@ -3,18 +3,19 @@
     python scripts/communication.py --model wan_1_3b --mesh sequence=2 sequence=4 tensor=4
 
 The denoising of a chunk, with the pass that remembers it, is compiled for as many host devices, in the model's full
-size; no weight is made and nothing is run. `--gather` has keys gathered where heads could be exchanged. The CPU's
-compiler sums in float32 where others may in bfloat16: all-reduces are counted at the type that was asked for.
+size; no weight is made and nothing is run. It is compiled in float32 and counted at the two bytes a number of bfloat16,
+with which a CPU's compiler has its own ways. `--gather` has keys gathered where heads could be exchanged. Times are
+what links and matrix units take at their makers' peaks, apart from each other; a program may do both at once.
 """
 
 import argparse
 import collections
+import math
 import os
-import time
 from typing import Any
 
-PEAKS = {"H100/H200": (989e12, 450e9), "TPU v5e": (197e12, 100e9), "TPU v6e": (918e12, 180e9)}
-"""bfloat16 operations a second of a device, and bytes a second that it can send its neighbours (one direction)."""
+PEAKS = {"H100/H200": (989e12, 450e9), "TPU v5e": (197e12, 90e9), "TPU v6e": (918e12, 180e9)}
+"""Operations a second of a device in bfloat16, and bytes a second that it sends: NVLink, an ICI axis both ways."""
 
 
 def main() -> None:
@@ -22,30 +23,45 @@ def main() -> None:
     parser.add_argument("--model", default="wan_1_3b", help="a preset of configs/models (default: wan_1_3b)")
     parser.add_argument("--mesh", nargs="+", default=["sequence=2", "sequence=4", "tensor=2", "tensor=4"])
     parser.add_argument("--policy", default="relax_forcing")
-    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--gather", action="store_true")
     parser.add_argument("--fully-sharded", action="store_true", help="cut the parameters over sequence too")
     args = parser.parse_args()
     os.environ["JAX_NUM_CPU_DEVICES"] = "64"
     from rfjax.commands.flags import mesh as read_mesh
 
-    print(f"| {args.model} | collectives a chunk | sent by a device a chunk | " + " | ".join(PEAKS) + " |")
+    columns = " | ".join(f"{name}: links / computation, ms" for name in PEAKS)
+    print(f"| {args.model} | collectives a chunk | sent by a device a chunk | {columns} |")
     print("|---|---|---|" + "---|" * len(PEAKS))
     for asked in args.mesh:
-        since = time.perf_counter()
         found = count(args, read_mesh(asked))
         kinds = collections.Counter[str]()
         for each in found:
             kinds[each.kind] += each.times
-        sent = sum(each.sent for each in found)
+        sent = sum(each.sent for each in found) // 2
         how = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items())) or "none"
-        links = " | ".join(f"{1e3 * sent / link:.0f} ms" for _, link in PEAKS.values())
+        devices = math.prod(read_mesh(asked).values()) // read_mesh(asked).get("data", 1)
+        work = operations(args) / devices
+        links = " | ".join(f"{1e3 * sent / link:.0f} / {1e3 * work / peak:.0f}" for peak, link in PEAKS.values())
         extra = ", keys gathered" * args.gather + ", fully sharded" * args.fully_sharded
         print(f"| {asked}{extra} | {how} | {sent / 1e9:.2f} GB | {links} |", flush=True)
-        for kind in sorted(kinds):
-            part = sum(each.sent for each in found if each.kind == kind)
-            print(f"#   {kind}: {part / 1e9:.3f} GB")
-        print(f"#   compiled in {time.perf_counter() - since:.0f} s")
+
+
+def operations(args: argparse.Namespace) -> int:
+    """Floating-point operations of a chunk of one video, whose memory is full."""
+    import jax.numpy as jnp
+
+    from rfjax import memory
+    from rfjax.benchmark.flops import transformer_pass
+    from rfjax.config import load_model_config, preset_path
+    from rfjax.sampling.state import memory_shape
+
+    config = load_model_config(preset_path("models", args.model))
+    frame = config.latent_height, config.latent_width
+    shape = memory_shape(config, 1, frame)
+    attended = memory.footprint(memory.create(args.policy), shape, 240, jnp.float32).attended_frames
+    tokens = config.transformer.frame_tokens(*frame)
+    a_pass = transformer_pass(config.transformer, 1, config.chunk_frames, attended, tokens).total
+    return (len(config.denoising_steps) + 1) * a_pass
 
 
 def count(args: argparse.Namespace, axes: dict[str, int]):
@@ -66,7 +82,7 @@ def count(args: argparse.Namespace, axes: dict[str, int]):
     config = load_model_config(preset_path("models", args.model))
     size = axes.get("data", 1) * axes.get("sequence", 1) * axes.get("tensor", 1)
     mesh = make_mesh(axes.get("data", 1), axes.get("sequence", 1), axes.get("tensor", 1), devices=jax.devices()[:size])
-    dtype = jnp.dtype(args.dtype)
+    dtype = jnp.float32
     shapes = parameter_trees(config, dtype)["transformer"]
     shardings = network_shardings(config, mesh, {"transformer": shapes}, args.fully_sharded)["transformer"]
 

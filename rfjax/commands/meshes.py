@@ -95,8 +95,12 @@ def _groups(network: TransformerConfig, tokens: int, devices: int) -> Iterator[t
 
 
 def _preference(network: TransformerConfig, sequence: int, tensor: int) -> tuple[bool, int]:
-    """Exchanged heads before gathered keys, and tokens before heads: less passes between devices (docs/scaling.md)."""
-    return network.num_heads % (sequence * tensor) != 0, tensor
+    """Order meshes of as many devices by what passes between these (docs/scaling.md).
+
+    Where tokens are exchanged for heads, `sequence` sends less than `tensor`; where keys are gathered, more.
+    """
+    gathers = network.num_heads % (sequence * tensor) != 0
+    return gathers, -tensor if gathers else tensor
 
 
 def _frame_size(plan: Plan) -> tuple[int, int]:

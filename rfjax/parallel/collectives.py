@@ -4,6 +4,7 @@ Bytes are those that each device sends in rings, the algorithms of NCCL and of a
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,10 @@ _KINDS = ("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collectiv
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(")
 _SHAPE = re.compile(r"\b([a-z]+)(\d+)?\w*\[([\d,]*)\]")
-_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])")
+_GROUPS = re.compile(
+    r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\](?:, device_ids=[^{]*)? \{([^}]*)\})"
+)
+_AXIS = re.compile(r"'(\w+)'(?:=(\d+)|:\(\d+\)(\d+))?")
 _CALLED = re.compile(r"\b(?:to_apply|calls|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -93,7 +97,16 @@ def _bytes(shapes: str, started: bool) -> int:
 
 
 def _devices(line: str) -> int:
-    found = _GROUPS.search(line)
-    if found is None:  # pairs of a permutation
+    """Return how many devices a group has, in any notation: a list, rows and columns, or axes of a mesh."""
+    if "source_target_pairs" in line:
         return 2
-    return int(found[2]) if found[2] else found[1].count(",") + 1
+    found = _GROUPS.search(line)
+    if found is None:
+        raise ValueError(f"no groups of devices in {line.strip()[:200]}")
+    listed, columns, mesh, axes = found.groups()
+    if listed is not None:
+        return listed.count(",") + 1
+    if columns is not None:
+        return int(columns)
+    sizes = {name: int(size) for name, size, _ in _AXIS.findall(mesh)}
+    return math.prod(int(part) if part else sizes[name] for name, _, part in _AXIS.findall(axes))

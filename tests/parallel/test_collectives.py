@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import pytest
+
 from rfjax.parallel.collectives import Collective, collectives
 
 
@@ -13,6 +15,7 @@ class Compiled:
         return self.text
 
 
+# ruff: noqa: E501
 PROGRAM = """HloModule jit_f, is_scheduled=true
 
 %add (x: f32[], y: f32[]) -> f32[] {
@@ -45,6 +48,9 @@ ENTRY %main.7 (p: f32[16]) -> f32[16] {
   %w = (s32[]) while(%t), condition=%c, body=%outer.2, backend_config={"known_trip_count":{"n":"5"}}
   %i = f32[2] conditional(%q, %p, %p), branch_computations={%left, %right}
   %one = f32[16]{0} all-reduce(%p), replica_groups={{0},{1}}, to_apply=%add
+  %m = bf16[8]{0} all-gather(%p), replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4] {'axis_0','axis_2'}, dimensions={0}
+  %n = bf16[8]{0} all-gather(%p), replica_groups=mesh['axis_0'=8] {'axis_0':(2)4}, dimensions={0}
+  %o = bf16[8]{0} all-gather(%p), replica_groups=mesh['axis_0'=1,'axis_3'=4], device_ids=([2,2]T(1,0)) {'axis_3'}, dimensions={0}
   ROOT %r = (f32[16]{0}, s8[4]{0}) all-reduce(%p, %o), replica_groups={{0,1}}, to_apply=%add
 }
 """
@@ -56,9 +62,19 @@ def test_each_counts_as_often_as_it_runs():
         Collective("all-to-all", 64, 4, 15),
         Collective("all-gather", 32, 4, 1),
         Collective("collective-permute", 8, 2, 1),
+        Collective("all-gather", 16, 8, 1),
+        Collective("all-gather", 16, 4, 1),
+        Collective("all-gather", 16, 4, 1),
         Collective("all-reduce", 68, 2, 1),  # the one of a single device passes nothing
     ]
-    assert [each.sent for each in found] == [15 * 48, 24, 8, 68]
+    assert [each.sent for each in found] == [15 * 48, 24, 8, 14, 12, 12, 68]
+
+
+def test_groups_that_are_not_understood_are_said():
+    with pytest.raises(ValueError, match="no groups of devices"):
+        collectives(
+            Compiled("ENTRY %m (p: f32[2]) -> f32[2] {\n  %r = f32[2]{0} all-reduce(%p), replica_groups=new\n}\n")
+        )
 
 
 def test_a_reduce_scatter_sends_all_but_its_own_part():

@@ -185,6 +185,7 @@ def test_streams_of_single_samples_give_the_rollout_of_the_batch(two_steps):
     assert np.abs(together.latents[0] - together.latents[1]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_longer_video_begins_with_the_shorter_but_for_its_last_chunks(two_steps):
     short, long = (
         streamed(two_steps, rolling_forcing(), context(), (1, frames, 6, 8, 4), key=jax.random.key(5))[0]

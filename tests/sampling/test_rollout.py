@@ -115,6 +115,7 @@ def test_a_sample_does_not_depend_on_its_batch(tiny_model):
     assert np.abs(pair.latents[0] - pair.latents[1]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_longer_video_begins_with_the_shorter(tiny_model):
     policy = memory.create("relax_forcing")
     key = jax.random.key(5)

@@ -168,6 +168,7 @@ def filled(model, policy, frames):
     return state
 
 
+@pytest.mark.slow
 def test_closed_up_memories_stand_before_the_renewed_frames(tiny_model):
     """Sink and tail at contiguous positions: the pass over 9 frames attends to the sink directly before them."""
     policy = memory.create("attention_sink", sink_frames=2, tail_frames=4)
