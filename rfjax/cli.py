@@ -104,6 +104,8 @@ def _keep_compiled_programs() -> None:
     except (OSError, RuntimeError):  # no home, no right to write there, or no Linux: compile each time
         return
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    # Dozens of small programs, none of which JAX would keep, take seconds together.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def _refuse(unknown: Sequence[str], flags: Sequence[str]) -> None:
