@@ -19,6 +19,7 @@ def test_the_axis_of_samples_is_read_off_the_shapes():
     assert sample_axes(make) == [1, 0, None]
 
 
+@pytest.mark.slow
 def test_a_mesh_of_one_device_gives_what_the_device_does(tiny_model):
     model, policy = parallelize(tiny_model, make_mesh(devices=jax.devices()[:1])), memory.create("relax_forcing")
     embeds = np.asarray(golden("rollout_dense")["context"])[:1]

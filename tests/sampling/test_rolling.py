@@ -195,6 +195,7 @@ def test_a_longer_video_begins_with_the_shorter_but_for_its_last_chunks(two_step
     assert np.abs(short[:, 9:] - long[:, 9:12]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_one_compilation_a_window_size_serves_videos_of_any_length(tiny_model):
     own = with_steps(tiny_model, 1000, 300)
     programs = (rolling._enter, rolling._advance, rolling._finish)

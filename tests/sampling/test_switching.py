@@ -93,7 +93,8 @@ def run(model, policy, switches, frames=24, **named):
     return rfjax.rollout(model, policy, context(), (1, frames, 6, 8, 4), key=KEY, switches=switches, **named)
 
 
-@pytest.mark.parametrize("recache", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("recache", [True, False])
 def test_the_video_changes_from_the_switch_on(tiny_model, recache):
     policy = memory.create("relax_forcing")
     switch = rfjax.Switch(12, context(1), recache=recache)
@@ -183,7 +184,8 @@ def test_closed_up_memories_stand_before_the_renewed_frames(tiny_model):
         np.testing.assert_allclose(older.keys[:, :, slot : slot + 1], want, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "kept"), [pytest.param("memrope", 5, marks=pytest.mark.slow), ("reward_forcing", 3)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kept"), [("memrope", 5), ("reward_forcing", 3)])
 def test_what_a_recache_does_not_renew_is_attended(tiny_model, name, kept):
     """Averages and blended sinks, however new what was folded into them last."""
     policy = memory.create(name)

@@ -122,9 +122,8 @@ def loss_and_gradient(plan, policy, params, embeds, noise, exit_step):
     return jax.value_and_grad(loss, argnums=(0, 1))(params, embeds)
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "relax" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_is_the_transcription(params, name):
     policy, plan, exit_step = case(name)
     noise, embeds = draws()
