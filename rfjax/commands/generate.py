@@ -103,8 +103,9 @@ def _add_how(how: argparse._ArgumentGroup) -> None:
         "--mesh",
         metavar="AXIS=N,...",
         type=mesh,
-        help="data=N: devices that share the videos to be made (default: as many as there are); sequence=N, tensor=N: "
-        "devices that divide the tokens, and the heads, of each video (default: 1)",
+        help="data=N: devices, or groups of them, that share the videos to be made; sequence=N, tensor=N: devices of a "
+        "group that divide the tokens, and the heads, of each video (default: groups as small as can hold the model, "
+        "and as many as there are)",
     )
     how.add_argument(
         "--processes",

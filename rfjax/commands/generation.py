@@ -181,7 +181,8 @@ def _introduction(plan: Plan, budget: Budget, limit: int | None) -> list[str]:
         cut = ", parameters cut over both" if plan.mesh.fully_sharded else ""
         lines.append(f"mesh {plan.mesh}: {plan.mesh.group} devices make each video together{cut}")
     if plan.missing and plan.sampler == "chunk" and idle(plan):
-        lines.append(f"{idle(plan)} devices have no video to make; with --mesh sequence=N, N make each together")
+        without = "1 device has" if idle(plan) == 1 else f"{idle(plan)} devices have"
+        lines.append(f"{without} no video to make; with --mesh sequence=N, N devices make each video together")
     if plan.config.description:
         lines.append(f"note: {plan.config.description}")
     if finished := len(plan.asked) - len(plan.missing) - len(plan.elsewhere):
