@@ -43,9 +43,14 @@ def generate(args: argparse.Namespace, requests: list[Request], schedule: list[S
     """
     processes = who(args)
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=processes.index > 0)
-    plan, budget, limit = prepare(args, requests, schedule, console, processes)
+    roll_call = RollCall(processes, args.processes_timeout)
+    try:
+        plan, budget, limit = prepare(args, requests, schedule, console, processes)
+    except UserError as error:
+        roll_call.withdraw(str(error))
+        raise
     # All have looked at the folder before anyone writes, so that all divide the same videos.
-    with RollCall(processes, args.processes_timeout) as together, out_of_memory_says(needs(budget, limit)):
+    with roll_call as together, out_of_memory_says(needs(budget, limit)):
         first = processes.index == 0
         if not plan.missing and not (first and plan.elsewhere):
             return

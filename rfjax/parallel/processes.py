@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from rfjax.errors import UserError
 
@@ -19,6 +19,8 @@ Item = TypeVar("Item")
 _DONE = "done"
 _REPLY_SECONDS = 30.0
 """How much longer than process 0 the others wait, for its word about who is missing."""
+_WITHDRAW_SECONDS = 10.0
+"""How long a process that cannot take part tries to say so: process 0 may not listen yet, or not any more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,7 @@ class RollCall:
         """Wait for all.
 
         Raises:
-            UserError: some did not arrive; the message has their numbers.
+            UserError: some did not arrive, or cannot take part; the message has their numbers.
         """
         if self.processes.count > 1:
             (self._connect if self.processes.index else self._gather)()
@@ -94,6 +96,14 @@ class RollCall:
                 self._peers[0].sendall(word.encode())
         if self.processes.index or kind is not None:
             self._close()
+
+    def withdraw(self, reason: str) -> None:
+        """Tell process 0, where this is another, that it cannot take part, so that nobody waits for it."""
+        if not self.processes.index:
+            return
+        self._deadline = min(self._deadline, time.monotonic() + _WITHDRAW_SECONDS)
+        with contextlib.suppress(UserError, OSError), self._reach() as peer:
+            peer.sendall(f"{self.processes.index} {self.processes.count} {' '.join(reason.split())}\n".encode())
 
     def failures(self) -> dict[int, str]:
         """Wait, on process 0, for the others to end; return what went wrong by the number of the process."""
@@ -114,19 +124,21 @@ class RollCall:
                 try:
                     peer, _ = listener.accept()
                 except TimeoutError:
-                    word = self._word(missing)
-                    self._tell(word)
-                    raise UserError(word) from None
+                    self._refuse(self._word(missing))
                 self._admit(peer, missing)
         self._tell("go\n")
 
     def _admit(self, peer: socket.socket, missing: list[int]) -> None:
         peer.settimeout(5)
         try:
-            index, count = map(int, peer.recv(64).split())
+            number, total, *reason = peer.recv(4096).decode(errors="replace").split(maxsplit=2)
+            index, count = int(number), int(total)
         except (OSError, ValueError):  # a stranger
             peer.close()
             return
+        if count == self.processes.count and index in missing and reason:
+            peer.close()
+            self._refuse(f"process {index} cannot take part: {reason[0].strip()}")
         if count == self.processes.count and index in missing:
             peer.settimeout(None)
             _notice_lost_hosts(peer)
@@ -144,6 +156,10 @@ class RollCall:
             f"{len(missing)} of {self.processes.count} processes did not arrive at {self.processes.address} within "
             f"{self._timeout:g} s: {names}; start them, or ask for fewer"
         )
+
+    def _refuse(self, word: str) -> NoReturn:
+        self._tell(word)
+        raise UserError(word) from None
 
     def _tell(self, word: str) -> None:
         for peer in self._peers.values():

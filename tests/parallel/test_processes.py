@@ -78,6 +78,46 @@ def test_who_never_arrives_is_named_to_all():
         assert "within 1 s: 1, 3; start them, or ask for fewer" in str(end)
 
 
+def test_nobody_waits_for_one_that_cannot_take_part():
+    where, ends = address(), {}
+
+    def take_part(index: int) -> None:
+        try:
+            with RollCall(Processes(where, 3, index), 60.0):
+                pass
+        except UserError as error:
+            ends[index] = str(error)
+
+    threads = [threading.Thread(target=take_part, args=(index,)) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1)  # until both are there
+    RollCall(Processes(where, 3, 2), 60.0).withdraw("the checkpoint folder\n x does not exist")
+    for thread in threads:
+        thread.join(20)
+    assert ends == dict.fromkeys((0, 1), "process 2 cannot take part: the checkpoint folder x does not exist")
+
+
+def test_a_process_without_its_checkpoint_says_so_to_the_first(tmp_path, capsys):
+    ends = []
+
+    def first() -> None:
+        try:
+            with RollCall(Processes(where, 2, 0), 60.0):
+                pass
+        except UserError as error:
+            ends.append(str(error))
+
+    where = address()
+    thread = threading.Thread(target=first)
+    thread.start()
+    flags = ["--checkpoint", str(tmp_path / "none"), "--output", str(tmp_path / "o"), "--processes", f"{where},2,1"]
+    assert cli.main(["generate", *flags]) == 2
+    thread.join(20)
+    assert f"the checkpoint folder {tmp_path / 'none'} does not exist" in capsys.readouterr().err
+    assert ends == [f"process 1 cannot take part: the checkpoint folder {tmp_path / 'none'} does not exist"]
+
+
 def test_the_first_may_be_the_one_that_never_arrives():
     (_, end) = together(2, lambda call: None, present=[1], timeout=0.5)
     assert "process 0 did not arrive at 127.0.0.1:" in str(end)
