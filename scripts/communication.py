@@ -10,7 +10,7 @@ what links and matrix units take at their makers' peaks, apart from each other; 
 
 import argparse
 import collections
-import math
+import dataclasses
 import os
 from typing import Any
 
@@ -19,6 +19,7 @@ PEAKS = {"H100/H200": (989e12, 450e9), "TPU v5e": (197e12, 90e9), "TPU v6e": (91
 
 
 def main() -> None:
+    """Compile the chunk for every mesh asked for and print a row each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="wan_1_3b", help="a preset of configs/models (default: wan_1_3b)")
     parser.add_argument("--mesh", nargs="+", default=["sequence=2", "sequence=4", "tensor=2", "tensor=4"])
@@ -28,19 +29,20 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["JAX_NUM_CPU_DEVICES"] = "64"
     from rfjax.commands.flags import mesh as read_mesh
+    from rfjax.parallel.division import ONE_DEVICE
 
     columns = " | ".join(f"{name}: links / computation, ms" for name in PEAKS)
     print(f"| {args.model} | collectives a chunk | sent by a device a chunk | {columns} |")
     print("|---|---|---|" + "---|" * len(PEAKS))
     for asked in args.mesh:
-        found = count(args, read_mesh(asked))
+        sizes = dataclasses.replace(ONE_DEVICE, **read_mesh(asked))
+        found = count(args, sizes)
         kinds = collections.Counter[str]()
         for each in found:
             kinds[each.kind] += each.times
         sent = sum(each.sent for each in found) // 2
         how = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items())) or "none"
-        devices = math.prod(read_mesh(asked).values()) // read_mesh(asked).get("data", 1)
-        work = operations(args) / devices
+        work = operations(args) / sizes.group
         links = " | ".join(f"{1e3 * sent / link:.0f} / {1e3 * work / peak:.0f}" for peak, link in PEAKS.values())
         extra = ", keys gathered" * args.gather + ", fully sharded" * args.fully_sharded
         print(f"| {asked}{extra} | {how} | {sent / 1e9:.2f} GB | {links} |", flush=True)
@@ -64,24 +66,24 @@ def operations(args: argparse.Namespace) -> int:
     return (len(config.denoising_steps) + 1) * a_pass
 
 
-def count(args: argparse.Namespace, axes: dict[str, int]):
+def count(args: argparse.Namespace, axes: Any) -> list[Any]:
+    """Return the collectives of a chunk, compiled for as many host devices as the `Sizes` of a mesh say."""
     import jax
     import jax.numpy as jnp
 
-    from rfjax import make_mesh, memory
+    from rfjax import memory
     from rfjax.config import load_model_config, preset_path
     from rfjax.io.checkpoints import parameter_trees
     from rfjax.models import chunk_attention, layout
     from rfjax.parallel.collectives import collectives
-    from rfjax.parallel.division import network_shardings
+    from rfjax.parallel.division import division_mesh, network_shardings
     from rfjax.sampling import rollout
     from rfjax.sampling.request import request_of
 
     if args.gather:
         layout.exchanges = chunk_attention.exchanges = lambda heads: False
     config = load_model_config(preset_path("models", args.model))
-    size = axes.get("data", 1) * axes.get("sequence", 1) * axes.get("tensor", 1)
-    mesh = make_mesh(axes.get("data", 1), axes.get("sequence", 1), axes.get("tensor", 1), devices=jax.devices()[:size])
+    mesh = division_mesh(axes, jax.devices())
     dtype = jnp.float32
     shapes = parameter_trees(config, dtype)["transformer"]
     shardings = network_shardings(config, mesh, {"transformer": shapes}, args.fully_sharded)["transformer"]
@@ -89,7 +91,7 @@ def count(args: argparse.Namespace, axes: dict[str, int]):
     def placed(leaf: Any, sharding: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    params, samples = jax.tree.map(placed, shapes, shardings), axes.get("data", 1)
+    params, samples = jax.tree.map(placed, shapes, shardings), axes.data
     frame = config.latent_height, config.latent_width
     shape = (samples, 240, *frame, config.transformer.in_dim)
     embeds = jnp.zeros((samples, config.transformer.text_len, config.transformer.text_dim), dtype)

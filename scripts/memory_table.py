@@ -8,6 +8,7 @@ too. Weights and memory are exact, activations an estimate.
 
 import argparse
 
+from rfjax.commands.plan import latent_frames
 from rfjax.config import load_model_config, preset_path
 from rfjax.memory import parse_text
 from rfjax.parallel.division import Sizes
@@ -35,8 +36,8 @@ def main() -> None:
     args = parser.parse_args()
     for name in args.model:
         config = load_model_config(preset_path("models", name))
-        chunk = config.chunk_frames
-        frames = -(-round(args.seconds * 16) // (4 * chunk)) * chunk
+        assert config.vae is not None
+        frames = latent_frames(config.chunk_frames, config.vae.temporal_factor, args.seconds, None, fps=16)
         video = VideoShape(1, frames, config.latent_height, config.latent_width)
         budgets = [estimate(config, parse_text(policy), video, "bfloat16") for policy in args.policy]
         print(f"| {name} | weights | {' | '.join(args.policy)} |\n|---|---|{'---|' * len(args.policy)}")

@@ -2,9 +2,9 @@
 
     python scripts/weak_scaling.py [--preset tiny] [--devices 1 2 4 8] [--chunks 8] [--rounds 5]
 
-On a CPU the devices are host devices that share its cores, so that a chunk of N videos takes N times as long at best;
-the batch on one device does the same work on the same cores, and what N devices take beyond it is what the division
-costs. On GPUs and TPUs the time of a chunk should stay that of one device. Weights are random.
+On a CPU the devices are host devices that share its cores; the batch on one device does the same work on the same
+cores, and what N devices take beyond it is what the division costs there. On GPUs and TPUs the time of a chunk should
+stay that of one device. Weights are random.
 """
 
 import argparse
@@ -49,10 +49,8 @@ def main() -> None:
         jax.block_until_ready([chunk.latents for chunk in chunks])
         return (time.perf_counter() - since) / (args.chunks - 1)
 
-    models = {n: parallelize(alone, make_mesh(devices=jax.devices()[:n])) for n in args.devices}
-    tasks = {
-        (kind, n): (models[n] if kind == "devices" else alone) for n in args.devices for kind in ("devices", "batch")
-    }
+    tasks = {("devices", n): parallelize(alone, make_mesh(devices=jax.devices()[:n])) for n in args.devices}
+    tasks |= {("batch", n): alone for n in args.devices}
     times: dict[tuple[str, int], list[float]] = {task: [] for task in tasks}
     for number in range(args.rounds + 1):
         for (kind, n), model in tasks.items():

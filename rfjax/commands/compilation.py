@@ -54,7 +54,7 @@ def _blank(plan: Plan) -> Model:
     """Return the plan's model with zeros for weights, on its devices."""
     dtype, mesh = jnp.dtype(plan.settings["dtype"]), mesh_of(plan)
     shapes = parameter_trees(plan.config)
-    shardings = {} if mesh is None else network_shardings(plan.config, mesh, shapes, plan.mesh.fully_sharded)
+    shardings = network_shardings(plan.config, mesh, shapes, plan.mesh.fully_sharded)
 
     def zeros(leaf: Any, sharding: Any = None) -> Any:
         return jnp.zeros(leaf.shape, dtype, device=sharding)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rfjax.errors import UserError
+from rfjax.io.paths import is_address
 from rfjax.parallel.processes import Processes
 
 MESH_AXES = "data", "sequence", "tensor"
@@ -45,7 +46,7 @@ def setting(text: str) -> tuple[str, str]:
 
 def input_path(text: str) -> Path:
     """Read a path, or an address such as `gs://bucket/checkpoint`, of which the path of a local copy is returned."""
-    if "://" not in text:
+    if not is_address(text):
         return Path(text)
     from rfjax.io.remote import local
 
@@ -57,7 +58,7 @@ def input_path(text: str) -> Path:
 
 def output_folder(text: str) -> Path:
     """Read the path of a folder to write to."""
-    if "://" in text:
+    if is_address(text):
         raise argparse.ArgumentTypeError(
             f"{text!r} is an address, and outputs go to folders; mount the bucket (gcsfuse, Mountpoint for S3)"
         )

@@ -175,7 +175,7 @@ def _introduction(plan: Plan, budget: Budget, limit: int | None) -> list[str]:
     """Say what is about to be computed; the first line has device, model, policy, attended frames and memory."""
     settings = plan.settings
     there = "" if limit is None else f" of {gb(limit)}"
-    count = plan.mesh.data * plan.mesh.group
+    count = plan.mesh.devices
     each = ", on each device" if count > 1 else ""
     lines = [
         f"{device_name(count)}: {plan.checkpoint.name} ({short_count(budget.parameters)} parameters, "

@@ -57,8 +57,7 @@ def budget_of(plan: Plan) -> Budget:
 
 def mesh_of(plan: Plan) -> Mesh | None:
     """Return the devices of a plan, or None where they are one."""
-    count = plan.mesh.data * plan.mesh.group
-    return None if count == 1 else division_mesh(plan.mesh, jax.local_devices()[:count])
+    return None if plan.mesh.devices == 1 else division_mesh(plan.mesh, jax.local_devices())
 
 
 def _on(plan: Plan, sizes: Sizes, batch_size: int) -> Plan:
@@ -68,7 +67,7 @@ def _on(plan: Plan, sizes: Sizes, batch_size: int) -> Plan:
 
 
 def _check(plan: Plan, mesh: Sizes) -> None:
-    if mesh.data * mesh.group > 1 and plan.sampler == "rolling":
+    if mesh.devices > 1 and plan.sampler == "rolling":
         raise UserError(f"--mesh {mesh} does not go with --sampler rolling, which runs on one device; use chunk")
     check_heads(plan.config.transformer, mesh)
     check_tokens(plan.config.transformer, _frame_size(plan), mesh.sequence)
@@ -109,4 +108,4 @@ def _frame_size(plan: Plan) -> tuple[int, int]:
 
 def idle(plan: Plan) -> int:
     """Return how many devices have no video to make."""
-    return jax.local_device_count() - plan.mesh.data * plan.mesh.group
+    return jax.local_device_count() - plan.mesh.devices

@@ -257,7 +257,7 @@ def load(path: str | Path, dtype: str = "float32", *, mesh: Mesh | None = None, 
     folder = local(path)
     config = load_checkpoint_config(folder)
     shapes = parameter_trees(config)
-    shardings = {} if mesh is None else network_shardings(config, mesh, shapes, fully_sharded)
+    shardings = network_shardings(config, mesh, shapes, fully_sharded)
     trees = {name: _restore(folder / name, tree, kind, shardings.get(name)) for name, tree in shapes.items()}
     tokenizer = folder / TOKENIZER
     return Model(

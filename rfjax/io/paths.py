@@ -52,3 +52,8 @@ def existing_above(path: Path) -> Path:
 def cache_folder() -> Path:
     """Return the folder of what can be had again: `$XDG_CACHE_HOME/rfjax`, or `~/.cache/rfjax`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rfjax"
+
+
+def is_address(place: str | Path) -> bool:
+    """Tell an address, `scheme://...`, from a path."""
+    return isinstance(place, str) and "://" in place

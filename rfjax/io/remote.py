@@ -15,12 +15,7 @@ import fsspec
 
 from rfjax.errors import UserError
 from rfjax.io.atomic import temporary_name
-from rfjax.io.paths import cache_folder
-
-
-def is_address(place: str | Path) -> bool:
-    """Tell `scheme://...` from a path."""
-    return isinstance(place, str) and "://" in place
+from rfjax.io.paths import cache_folder, is_address
 
 
 def local(place: str | Path) -> Path:

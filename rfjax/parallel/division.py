@@ -35,6 +35,11 @@ class Sizes:
         """Devices that work on a sample together."""
         return self.sequence * self.tensor
 
+    @property
+    def devices(self) -> int:
+        """All of them."""
+        return self.data * self.group
+
     def __str__(self) -> str:
         return f"data={self.data},sequence={self.sequence},tensor={self.tensor}"
 
@@ -81,21 +86,23 @@ def parallelize(model: Model, mesh: Mesh | None = None, *, fully_sharded: bool =
 
 
 def network_shardings(
-    config: ModelConfig, mesh: Mesh, networks: Mapping[str, PyTree], fully_sharded: bool = False
+    config: ModelConfig, mesh: Mesh | None, networks: Mapping[str, PyTree], fully_sharded: bool = False
 ) -> dict[str, PyTree]:
-    """Return a `NamedSharding` for every parameter of a model's networks.
+    """Return a `NamedSharding` for every parameter of the networks that lie on a mesh.
 
     Where devices do not divide videos, prompts are encoded on one, and the text encoder is left out.
 
     Args:
         config: the model's.
-        mesh: from `make_mesh`.
+        mesh: from `make_mesh`; None has no network on it.
         networks: parameters or their shapes, by the network's name.
         fully_sharded: see `parallelize`.
 
     Raises:
         UserError: the model's heads or hidden channels do not divide over `tensor`.
     """
+    if mesh is None:
+        return {}
     sizes = Sizes(**mesh.shape)
     check_heads(config.transformer, sizes)
     return {
@@ -118,8 +125,7 @@ def fill(sizes: Sizes, devices: int, exactly: bool = False) -> Sizes:
     """
     if min(sizes.sequence, sizes.tensor) >= 1 and sizes.data >= 0:
         filled = dataclasses.replace(sizes, data=sizes.data or devices // sizes.group)
-        used = filled.data * filled.group
-        if filled.data and (used == devices or (used < devices and not exactly)):
+        if filled.data and (filled.devices == devices or (filled.devices < devices and not exactly)):
             return filled
     asked = f"sequence={sizes.sequence},tensor={sizes.tensor}"
     asked = f"data={sizes.data},{asked}" if sizes.data else asked
@@ -134,7 +140,7 @@ def fill(sizes: Sizes, devices: int, exactly: bool = False) -> Sizes:
 def division_mesh(sizes: Sizes, devices: Sequence[Any]) -> Mesh:
     """Return the mesh of the first devices, those of a group next to each other."""
     shape = (sizes.data, sizes.sequence, sizes.tensor)
-    chosen = np.array(devices[: sizes.data * sizes.group]).reshape(shape)
+    chosen = np.array(devices[: sizes.devices]).reshape(shape)
     return Mesh(chosen, (DATA, SEQUENCE, TENSOR), axis_types=(AxisType.Auto,) * 3)
 
 
