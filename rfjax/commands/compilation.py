@@ -20,6 +20,7 @@ from rfjax.commands.production import empty_places
 from rfjax.commands.prompt_schedule import ScheduledPrompt
 from rfjax.errors import UserError
 from rfjax.io.checkpoints import TOKENIZER, parameter_trees
+from rfjax.io.mirrors import destination
 from rfjax.io.prompts import Request
 from rfjax.models.model import Model
 from rfjax.models.tokenizer import Tokenizer
@@ -40,7 +41,9 @@ def compile_programs(args: argparse.Namespace, requests: list[Request], schedule
     if folder is None or not config.jax_enable_compilation_cache:
         raise UserError("compiled programs are not kept here; set JAX_COMPILATION_CACHE_DIR to a folder for them")
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
-    plan, budget, limit = prepare(args, requests, schedule, console, who(args))
+    processes = who(args)
+    with destination(args.output, processes.index, writing=False) as place:
+        plan, budget, limit = prepare(args, requests, schedule, console, place, processes)
     if not plan.missing:
         return
     before, since = _programs(folder), time.perf_counter()

@@ -60,9 +60,15 @@ def output_folder(text: str) -> Path:
     """Read the path of a folder to write to."""
     if is_address(text):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is an address, and outputs go to folders; mount the bucket (gcsfuse, Mountpoint for S3)"
+            f"{text!r} is an address, to which only `rfjax generate` writes; name a folder, or mount the bucket "
+            "(gcsfuse, Mountpoint for S3)"
         )
     return Path(text)
+
+
+def output_place(text: str) -> str | Path:
+    """Read the path of a folder to write to, or its address."""
+    return text if is_address(text) else Path(text)
 
 
 def mesh(text: str) -> dict[str, int]:

@@ -11,7 +11,7 @@ from rfjax.commands.flags import (
     input_path,
     mesh,
     number,
-    output_folder,
+    output_place,
     processes,
     whole,
 )
@@ -129,10 +129,10 @@ def _add_where(where: argparse._ArgumentGroup) -> None:
     where.add_argument(
         "--output",
         metavar="DIR",
-        type=output_folder,
+        type=output_place,
         default=Path("outputs"),
-        help="folder of <prompt>-<sample>.mp4, metadata.json and the memory timelines (default: outputs); "
-        "videos that it already holds are not made again",
+        help="folder of <prompt>-<sample>.mp4, metadata.json and the memory timelines, or its address, as "
+        "gs://BUCKET/DIR (default: outputs); videos that it already holds are not made again",
     )
     where.add_argument(
         "--checkpoint-every",

@@ -1,6 +1,8 @@
 """What `rfjax generate` does once its flags are read: checks, then batches of videos, then their records."""
 
 import argparse
+import contextlib
+import dataclasses
 import functools
 import os
 import sys
@@ -23,6 +25,7 @@ from rfjax.io import outputs
 from rfjax.io.checkpoints import TOKENIZER, load
 from rfjax.io.entries import Entry
 from rfjax.io.manifest import JOBS, Manifest
+from rfjax.io.mirrors import Destination, destination
 from rfjax.io.ownership import owning
 from rfjax.io.prompts import Request
 from rfjax.io.reports import merge, remove_working_folders, report_folder
@@ -44,29 +47,40 @@ def generate(args: argparse.Namespace, requests: list[Request], schedule: list[S
     processes = who(args)
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=processes.index > 0)
     roll_call = RollCall(processes, args.processes_timeout)
-    try:
-        plan, budget, limit = prepare(args, requests, schedule, console, processes)
-    except UserError as error:
-        roll_call.withdraw(str(error))
-        raise
-    # All have looked at the folder before anyone writes, so that all divide the same videos.
-    with roll_call as together, out_of_memory_says(needs(budget, limit)):
-        first = processes.index == 0
-        if not plan.missing and not (first and plan.elsewhere):
-            return
-        model = _load(plan) if plan.missing else None
-        own, failure = report_folder(plan.output, processes.index), ""
-        outputs.make_folder(own)
-        with owning(own):
-            try:
-                if model is not None:
-                    _make_share(args, plan, budget, model, console)
-            except UserError as error:
-                if not first:
-                    raise
-                failure = str(error)
-            if first:
-                _collect(plan, together, failure)
+    with contextlib.ExitStack() as stack:
+        try:
+            place = stack.enter_context(destination(args.output, processes.index))
+            plan, budget, limit = prepare(args, requests, schedule, console, place, processes)
+        except UserError as error:
+            roll_call.withdraw(str(error))
+            raise
+        # All have looked at the folder before anyone writes, so that all divide the same videos.
+        with roll_call as together, out_of_memory_says(needs(budget, limit)):
+            if plan.missing or (processes.index == 0 and plan.elsewhere):
+                _make(args, plan, budget, console, together, place)
+
+
+def _make(
+    args: argparse.Namespace, plan: Plan, budget: Budget, console: Console, together: RollCall, place: Destination
+) -> None:
+    """Make this process's videos, and, in process 0, collect what the others report."""
+    first, failure = plan.processes.index == 0, ""
+    model = _load(plan) if plan.missing else None
+    own = report_folder(plan.output, plan.processes.index)
+    outputs.make_folder(own)
+    with owning(own):
+        try:
+            if model is not None:
+                _make_share(args, plan, budget, model, console)
+        except UserError as error:
+            if not first:
+                raise
+            failure = str(error)
+        finally:
+            if not first:
+                place.sync()  # before process 0 hears of the end
+        if first:
+            _collect(plan, together, failure, place)
 
 
 def who(args: argparse.Namespace) -> Processes:
@@ -74,13 +88,14 @@ def who(args: argparse.Namespace) -> Processes:
     return detect(args.processes_timeout) if args.processes is None else args.processes
 
 
-def _collect(plan: Plan, together: RollCall, failure: str) -> None:
+def _collect(plan: Plan, together: RollCall, failure: str, place: Destination) -> None:
     """Wait, in process 0, for the others, and merge what they report.
 
     Raises:
         UserError: this process or another has failed.
     """
     failures = together.failures()
+    place.sync()
     merge(plan.output)
     if not failure and not failures:
         remove_working_folders(plan.output)
@@ -94,6 +109,7 @@ def prepare(
     requests: list[Request],
     schedule: list[ScheduledPrompt],
     console: Console,
+    place: Destination,
     processes: Processes = ALONE,
 ) -> tuple[Plan, Budget, int | None]:
     """Plan a run and say what it is, and check all that can be checked before weights are read.
@@ -105,7 +121,9 @@ def prepare(
         UserError: an input is wrong; nothing has been written.
     """
     limit = device_limit(jax.local_devices()[0])
+    args = argparse.Namespace(**{**vars(args), "output": place.folder})
     plan = on_mesh(make_plan(args, requests, schedule, processes), args.mesh, args.batch_size, limit)
+    plan = dataclasses.replace(plan, place=place.name)
     plan = plan if args.overwrite else as_kept(plan)
     budget = budget_of(plan)
     for line in _introduction(plan, budget, limit):
@@ -144,7 +162,7 @@ def _make_share(args: argparse.Namespace, plan: Plan, budget: Budget, model: Mod
             run = Run(plan, budget, model, encoded, switches, progress, interruptions, manifest, keeper, done)
             failures = produce(run)
     except KeyboardInterrupt as interruption:
-        complete = f"; {len(done)} of {len(plan.missing)} videos are complete in {plan.output}"
+        complete = f"; {len(done)} of {len(plan.missing)} videos are complete in {plan.place}"
         raise type(interruption)(complete) from None
     finally:
         manifest.stop()
@@ -153,7 +171,7 @@ def _make_share(args: argparse.Namespace, plan: Plan, budget: Budget, model: Mod
         others = f"; so did {len(failures) - 1} others, see {JOBS}" if len(failures) > 1 else ""
         raise UserError(f"{job.video} failed twice: {reason}{others}; {len(done)} of {len(plan.missing)} are complete")
     made = plan.missing[0].video if len(plan.missing) == 1 else f"{len(plan.missing)} videos"
-    console.print(f"{made} in {plan.output}")
+    console.print(f"{made} in {plan.place}")
 
 
 def _entries(plan: Plan) -> list[Entry]:
@@ -192,7 +210,7 @@ def _introduction(plan: Plan, budget: Budget, limit: int | None) -> list[str]:
         lines.append(f"note: {plan.config.description}")
     if finished := len(plan.asked) - len(plan.missing) - len(plan.elsewhere):
         lines.append(
-            f"{finished} of {len(plan.asked)} videos are in {plan.output} already (--overwrite makes them anew)"
+            f"{finished} of {len(plan.asked)} videos are in {plan.place} already (--overwrite makes them anew)"
         )
     if plan.unrecorded:
         lines.append(f"left as they are, though {outputs.METADATA} does not know them: {', '.join(plan.unrecorded)}")

@@ -60,6 +60,8 @@ class Plan:
     places: int
     """Videos made together, on all devices."""
     output: Path
+    place: str
+    """What the user calls the output folder."""
     asked_seconds: float | None
     """Length asked for, before rounding up to whole chunks; None where latent frames were given."""
     sampler: Literal["chunk", "rolling"]
@@ -165,6 +167,7 @@ def make_plan(
         unrecorded=unrecorded,
         places=places_for(len(own), args.batch_size),
         output=args.output,
+        place=str(args.output),
         asked_seconds=seconds if all(request == Request(request.prompt) for request in requests) else None,
         sampler=args.sampler,
         schedule=starts,

@@ -9,7 +9,6 @@ import numpy as np
 
 from rfjax.commands.plan import Plan
 from rfjax.io import outputs
-from rfjax.io.plots import memory_timeline
 from rfjax.io.reports import report_folder
 from rfjax.memory import Trace
 from rfjax.sampling.budget import Budget
@@ -46,6 +45,8 @@ def write_records(
 
 def _draw_timeline(plan: Plan, trace: Trace, index: int, job: Job, name: str) -> None:
     """Draw what one video attended."""
+    from rfjax.io.plots import memory_timeline  # imports Matplotlib, which the first chunk need not wait for
+
     title = f"{plan.policy.name}: {job.prompt}"
     memory_timeline(
         trace,

@@ -30,11 +30,14 @@ def local(place: str | Path) -> Path:
         return Path(place)
     address = str(place).rstrip("/")
     try:
-        found = _files(address)
+        files, root = open_address(address)
+        found = files_at(files, root)
+        if not found:
+            raise UserError(f"nothing lies at {address}")
         version = hashlib.sha256(json.dumps([address, *map(dataclasses.astuple, found)]).encode()).hexdigest()[:16]
         copy = cache_folder() / "copies" / version / address.rpartition("/")[2]
         if not _whole(copy, found):
-            _copy(address, found, copy)
+            _copy(address, files, found, copy)
         return copy
     except UserError:
         raise
@@ -44,12 +47,13 @@ def local(place: str | Path) -> Path:
 
 
 @dataclasses.dataclass(frozen=True)
-class _File:
+class File:
     """A file at an address."""
 
     name: str
     """Its path below the address; empty where the address is the file's own."""
     path: str
+    """As its file system calls it."""
     size: int
     version: tuple[str, ...]
     """What tells it from one that lay there before."""
@@ -58,11 +62,24 @@ class _File:
 _VERSIONS = "ETag", "etag", "generation", "md5Hash", "mtime", "created", "LastModified"
 
 
-def _files(address: str) -> list[_File]:
-    files, root = fsspec.core.url_to_fs(address)
-    entries: Any = files.find(root, detail=True)
+def open_address(address: str) -> tuple[Any, str]:
+    """Return the file system of an address, and what it calls the place."""
+    return fsspec.core.url_to_fs(address)
+
+
+def files_at(files: Any, root: str) -> list[File]:
+    """Return what lies there, by name.
+
+    Raises:
+        UserError: a name that leads out of the place.
+    """
+    files.invalidate_cache()
+    try:
+        entries: Any = files.find(root, detail=True)
+    except FileNotFoundError:
+        return []
     found = [
-        _File(
+        File(
             path[len(root) :].strip("/"),
             path,
             entry["size"],
@@ -70,24 +87,21 @@ def _files(address: str) -> list[_File]:
         )
         for path, entry in sorted(entries.items())
     ]
-    if not found:
-        raise UserError(f"nothing lies at {address}")
     for file in found:
         if ".." in file.name.split("/"):
-            raise UserError(f"cannot copy {address}: it holds {file.name!r}, which is outside of it")
+            raise UserError(f"cannot copy {root}: it holds {file.name!r}, which is outside of it")
     return found
 
 
-def _whole(copy: Path, found: list[_File]) -> bool:
+def _whole(copy: Path, found: list[File]) -> bool:
     """Whether all files are there in their sizes; a machine that lost power may have left shorter ones."""
     places = [(copy / file.name if file.name else copy, file.size) for file in found]
     return all(place.is_file() and place.stat().st_size == size for place, size in places)
 
 
-def _copy(address: str, found: list[_File], copy: Path) -> None:
+def _copy(address: str, files: Any, found: list[File], copy: Path) -> None:
     size = sum(file.size for file in found)
     print(f"copying {address} ({size / 1e9:.2g} GB) to {copy}", file=sys.stderr, flush=True)
-    files, _ = fsspec.core.url_to_fs(address)
     version = copy.parent
     try:
         version.parent.mkdir(parents=True, exist_ok=True)

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from rfjax.io import manifest, outputs
 
-_FOLDER = ".rfjax"
+WORKING = ".rfjax"
+"""Folder of what processes have for themselves."""
 
 
 def working_folder(output: Path, index: int) -> Path:
     """Return where a process has what is its own alone."""
-    return output / _FOLDER / f"process-{index}"
+    return output / WORKING / f"process-{index}"
 
 
 def report_folder(output: Path, index: int) -> Path:
@@ -56,8 +57,8 @@ def merge(output: Path) -> None:
 
 def remove_working_folders(output: Path) -> None:
     """Remove what processes had for themselves, when nothing is unfinished."""
-    shutil.rmtree(output / _FOLDER, ignore_errors=True)
+    shutil.rmtree(output / WORKING, ignore_errors=True)
 
 
 def _folders(output: Path) -> list[Path]:
-    return sorted(output.glob(f"{_FOLDER}/process-*"))
+    return sorted(output.glob(f"{WORKING}/process-*"))

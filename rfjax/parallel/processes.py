@@ -98,12 +98,15 @@ class RollCall:
             self._close()
 
     def withdraw(self, reason: str) -> None:
-        """Tell process 0, where this is another, that it cannot take part, so that nobody waits for it."""
-        if not self.processes.index:
-            return
+        """Say that this process cannot take part, so that nobody waits for it: to process 0, which tells the others."""
         self._deadline = min(self._deadline, time.monotonic() + _WITHDRAW_SECONDS)
-        with contextlib.suppress(UserError, OSError), self._reach() as peer:
-            peer.sendall(f"{self.processes.index} {self.processes.count} {' '.join(reason.split())}\n".encode())
+        reason = " ".join(reason.split())
+        with contextlib.suppress(UserError, OSError):
+            if self.processes.index:
+                with self._reach() as peer:
+                    peer.sendall(f"{self.processes.index} {self.processes.count} {reason}\n".encode())
+            elif self.processes.count > 1:
+                self._send_away(f"process 0 cannot take part: {reason}")
 
     def failures(self) -> dict[int, str]:
         """Wait, on process 0, for the others to end; return what went wrong by the number of the process."""
@@ -113,20 +116,35 @@ class RollCall:
 
     def _gather(self) -> None:
         """Let the others connect, and tell each when all have."""
-        port = int(self.processes.address.rpartition(":")[2])
-        try:
-            listener = socket.create_server(("", port))
-        except OSError as error:
-            raise UserError(f"process 0 cannot listen at port {port}: {error.strerror or error}") from None
-        with listener:
+        with self._listen() as listener:
             while missing := self._missing():
-                listener.settimeout(max(self._deadline - time.monotonic(), 0.001))
                 try:
-                    peer, _ = listener.accept()
+                    peer = self._accept(listener)
                 except TimeoutError:
                     self._refuse(self._word(missing))
                 self._admit(peer, missing)
         self._tell("go\n")
+
+    def _send_away(self, word: str) -> None:
+        """Say something to each of the others that comes in time."""
+        with self._listen() as listener:
+            for _ in range(1, self.processes.count):
+                with self._accept(listener) as peer:
+                    peer.settimeout(5)
+                    peer.recv(4096)
+                    peer.sendall(word.encode())
+
+    def _listen(self) -> socket.socket:
+        port = int(self.processes.address.rpartition(":")[2])
+        try:
+            return socket.create_server(("", port))
+        except OSError as error:
+            raise UserError(f"process 0 cannot listen at port {port}: {error.strerror or error}") from None
+
+    def _accept(self, listener: socket.socket) -> socket.socket:
+        """Wait for the next to connect; `TimeoutError` where none does in time."""
+        listener.settimeout(max(self._deadline - time.monotonic(), 0.001))
+        return listener.accept()[0]
 
     def _admit(self, peer: socket.socket, missing: list[int]) -> None:
         peer.settimeout(5)

@@ -38,6 +38,7 @@ def plan_of(name: str, videos: int = 16, sampler: Literal["chunk", "rolling"] = 
         unrecorded=[],
         places=1,
         output=Path("none"),
+        place="none",
         asked_seconds=None,
         sampler=sampler,
         schedule={},

@@ -101,12 +101,12 @@ def test_names_that_lead_out_of_the_copy_are_refused(bucket, monkeypatch):
         local("memory://bucket/model")
 
 
-def test_the_command_takes_addresses_for_what_it_reads_and_refuses_them_for_what_it_writes(bucket, tmp_path, capsys):
+def test_commands_take_addresses_for_what_they_read_and_most_refuse_them_for_what_they_write(bucket, tmp_path, capsys):
     bucket.pipe("memory://bucket/prompts.txt", b"a red circle\n")
     flags = ["generate", "--checkpoint", "memory://bucket/model", "--prompt-file", "memory://bucket/prompts.txt"]
     assert cli.main([*flags, "--latent-frames", "2", "--output", str(tmp_path / "out")]) == 2
     assert "--latent-frames is 2" in capsys.readouterr().err  # all was read before that was found
-    assert cli.main([*flags, "--output", "gs://bucket/out"]) == 2
-    assert "'gs://bucket/out' is an address, and outputs go to folders; mount the bucket" in capsys.readouterr().err
+    assert cli.main(["sweep", "policies", "--output", "gs://bucket/out"]) == 2
+    assert "'gs://bucket/out' is an address, to which only `rfjax generate` writes" in capsys.readouterr().err
     assert cli.main(["generate", "--checkpoint", "memory://bucket/no", "--output", str(tmp_path / "out")]) == 2
     assert "nothing lies at memory://bucket/no" in capsys.readouterr().err

@@ -98,6 +98,29 @@ def test_nobody_waits_for_one_that_cannot_take_part():
     assert ends == dict.fromkeys((0, 1), "process 2 cannot take part: the checkpoint folder x does not exist")
 
 
+def test_the_others_hear_that_the_first_cannot_take_part(tmp_path, capsys):
+    ends = {}
+
+    def take_part(index: int) -> None:
+        try:
+            with RollCall(Processes(where, 3, index), 60.0):
+                pass
+        except UserError as error:
+            ends[index] = str(error)
+
+    where = address()
+    threads = [threading.Thread(target=take_part, args=(index,)) for index in (1, 2)]
+    for thread in threads:
+        thread.start()
+    flags = ["--checkpoint", str(tmp_path / "none"), "--output", str(tmp_path / "o"), "--processes", f"{where},3,0"]
+    assert cli.main(["generate", *flags]) == 2
+    for thread in threads:
+        thread.join(20)
+    said = f"the checkpoint folder {tmp_path / 'none'} does not exist"
+    assert said in capsys.readouterr().err
+    assert ends == dict.fromkeys((1, 2), f"process 0 cannot take part: {said}")
+
+
 def test_a_process_without_its_checkpoint_says_so_to_the_first(tmp_path, capsys):
     ends = []
 

@@ -1,0 +1,369 @@
+"""An output folder at an address, such as `gs://bucket/videos`: work is done in a folder of this machine, and copied.
+
+Whatever fsspec can write will do; buckets need its package for them (`gcsfs`, `s3fs`). Files go up in the order in
+which they were written, and come down before the work begins. So what lies at the address is, whenever the machine goes
+away, what the folder was a moment before.
+"""
+
+import _thread
+import contextlib
+import dataclasses
+import json
+import os
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rfjax.errors import UserError
+from rfjax.io.remote import File, files_at, open_address
+from rfjax.io.reports import WORKING, working_folder
+
+PUSH_SECONDS, BEAT_SECONDS = 5.0, 15.0
+SILENCE_SECONDS = 60.0
+"""An owner that gives no sign for so long has ended."""
+SETTLE_SECONDS = 1.0
+"""After which, of two that came at the same time, one is seen to be the last."""
+TRIES, RETRY_SECONDS = 5, 10.0
+"""Of the last copy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Destination:
+    """Where the files of a command go."""
+
+    folder: Path
+    """To work in."""
+    name: str
+    """What the user calls it."""
+    sync: Callable[[], None] = lambda: None
+    """Copy to the address what is new in the folder, and fetch what other processes report there."""
+
+
+@contextlib.contextmanager
+def destination(place: str | Path, process: int = 0, *, writing: bool = True) -> Iterator[Destination]:
+    """Yield a folder as it is, and for an address a folder whose files are copied there until the block ends.
+
+    Of what lies at the address, the process's own state and all records are there from the start; other files are
+    empty, which tells that they exist. Files without further use here are emptied after they were copied.
+
+    Args:
+        place: path or address.
+        process: number of this process, of those that share the address.
+        writing: whether files are copied to the address; nobody else may then have it.
+
+    Raises:
+        UserError: another process has the address; or it cannot be read, or written at the end, and then the folder
+            stays. In the errors of the block the folder goes by its address.
+    """
+    if isinstance(place, Path):
+        yield Destination(place, str(place))
+        return
+    mirror = _Mirror(place.rstrip("/"), process)
+    try:
+        with mirror.copying() if writing else contextlib.nullcontext():
+            mirror.pull()
+            yield Destination(mirror.folder, mirror.address, mirror.sync)
+    except _NotCopiedError:
+        raise
+    except UserError as error:
+        raise UserError(str(error).replace(str(mirror.folder), mirror.address)) from None
+    finally:
+        if mirror.copied:
+            shutil.rmtree(mirror.folder, ignore_errors=True)
+
+
+class _Stamp(NamedTuple):
+    """What tells a file from one that had its name before."""
+
+    time: int
+    """Of its last change, in nanoseconds."""
+    size: int
+
+
+class _Written(NamedTuple):
+    """A file that is to be copied."""
+
+    stamp: _Stamp
+    is_record: bool
+    name: str
+    content: bytes | None
+    """Of a record, which may be replaced while it waits for its turn."""
+
+
+class _Mirror:
+    """The files of a folder, at an address."""
+
+    def __init__(self, address: str, process: int):
+        with _spoken_of(address, "use"):
+            self._files, self._root = open_address(address)
+        self.address = address
+        self.folder = Path(tempfile.mkdtemp(prefix="rfjax-output-"))
+        self.copied = True
+        """Whether the address has all of the folder."""
+        self._own = f"{working_folder(Path(), process)}/"
+        self._there: dict[str, _Stamp] = {}
+        """Files that the address has, with the stamps of those here."""
+        self._alone = threading.Lock()
+        self._owner = _Owner(self._files, f"{self._root}/.rfjax-owner-{process}.json", address)
+
+    def pull(self) -> None:
+        """Fetch what lies at the address: the process's own state, and all records; other files stay empty."""
+        with self._alone, _spoken_of(self.address, "read"):
+            for file in files_at(self._files, self._root):
+                if _is_output(file.name):
+                    self._fetch(file, whole=_is_record(file.name) or self._is_own(file.name))
+
+    def sync(self) -> None:
+        """Copy what is new, and fetch what other processes report."""
+        self.push(everything=True)
+        with self._alone, _spoken_of(self.address, "read"):
+            for file in files_at(self._files, self._root):
+                if _is_working(file.name) and _is_record(file.name) and not self._is_own(file.name):
+                    self._fetch(file, whole=True)
+
+    def push(self, everything: bool = False) -> None:
+        """Copy what is new in the folder, and remove at the address what processes had for themselves and have removed.
+
+        Args:
+            everything: also what was written a moment ago, for nobody writes any more.
+        """
+        with self._alone, _spoken_of(self.address, "write to"):
+            # Nothing else: one who tidies up this machine must not take videos away.
+            gone = [name for name in self._there if _is_working(name) and not (self.folder / name).exists()]
+            written, complete = self._written(everything)
+            for file in written:
+                self._copy(file)
+            if complete:  # what was removed may be named in an older record
+                for name in gone:
+                    with contextlib.suppress(FileNotFoundError):
+                        self._files.rm_file(f"{self._root}/{name}")
+                    self._there.pop(name, None)
+
+    @contextlib.contextmanager
+    def copying(self) -> Iterator[None]:
+        """Own the address and copy to it, until the block has ended and all is there.
+
+        Raises:
+            UserError: another process has it, or takes it; or it cannot be written.
+        """
+        with self._owner.owning():
+            ended = threading.Event()
+            thread = threading.Thread(target=self._keep_copying, args=[ended], daemon=True)
+            thread.start()
+            try:
+                yield
+            finally:
+                ended.set()
+                thread.join()
+                self._copy_the_rest()
+
+    def _keep_copying(self, ended: threading.Event) -> None:
+        warned = ""
+        while not ended.wait(PUSH_SECONDS):
+            try:
+                self.push()
+            except UserError as error:
+                if str(error) != warned:
+                    print(f"rfjax: warning: {error}; it is tried again", file=sys.stderr, flush=True)
+                warned = str(error)
+
+    def _copy_the_rest(self) -> None:
+        self.copied = False
+        for tries_left in reversed(range(TRIES)):
+            try:
+                self._owner.check()
+                self.push(everything=True)
+                self.copied = True
+                return
+            except UserError as error:
+                if not tries_left or self._owner.lost:
+                    raise _NotCopiedError(f"{error}; what it lacks is in {self.folder}") from None
+            time.sleep(RETRY_SECONDS)
+
+    def _fetch(self, file: File, whole: bool) -> None:
+        target = self.folder / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if whole:
+            self._files.get_file(file.path, str(target))
+        else:
+            target.touch()
+        self._there[file.name] = _stamp(target)
+
+    def _written(self, everything: bool) -> tuple[list[_Written], bool]:
+        """Return the files that the address lacks in the order in which they were written, and whether these are all.
+
+        Those written since this call began are left out: what came before them may not have been seen.
+        """
+        marker = self.folder / ".rfjax-mirror.part"
+        marker.touch()
+        now, found, complete = marker.stat().st_mtime_ns, [], True
+        for path in (Path(folder) / file for folder, _, files in os.walk(self.folder) for file in files):
+            name = path.relative_to(self.folder).as_posix()
+            with contextlib.suppress(FileNotFoundError):  # it was removed meanwhile
+                stamp = _stamp(path)
+                if not _is_output(name) or self._there.get(name) == stamp:
+                    continue
+                content = path.read_bytes() if _is_record(name) else None
+                if not everything and (stamp.time >= now or stamp != _stamp(path)):
+                    complete = False
+                    continue
+                found.append(_Written(stamp, _is_record(name), name, content))
+        return sorted(found), complete
+
+    def _copy(self, file: _Written) -> None:
+        path, there = self.folder / file.name, f"{self._root}/{file.name}"
+        try:
+            if file.content is None:
+                self._files.put_file(str(path), there)
+            else:
+                self._files.pipe_file(there, file.content)
+        except FileNotFoundError:
+            if path.exists():
+                raise
+            return  # it was removed meanwhile
+        if not file.is_record and not self._is_own(file.name):
+            os.truncate(path, 0)
+            self._there[file.name] = _stamp(path)
+        else:
+            self._there[file.name] = file.stamp
+
+    def _is_own(self, name: str) -> bool:
+        """Whether a file is of what this process keeps, to go on with."""
+        return name.startswith(self._own)
+
+
+class _Owner:
+    """The file at an address that says which process has it, with a sign of life that changes."""
+
+    def __init__(self, files: Any, path: str, address: str):
+        self._files, self._path, self._address = files, path, address
+        self._mine = {"host": socket.gethostname(), "process": os.getpid(), "token": secrets.token_hex(8)}
+        self.lost = ""
+        """Who has come instead."""
+
+    @contextlib.contextmanager
+    def owning(self) -> Iterator[None]:
+        """Have the address until the block ends.
+
+        Raises:
+            UserError: another process has it, or it cannot be written.
+        """
+        with _spoken_of(self._address, "write to"):
+            self._wait_for_silence()
+            self._beat()
+            time.sleep(SETTLE_SECONDS)
+            self._look()
+        self.check()
+        ended = threading.Event()
+        thread = threading.Thread(target=self._keep_beating, args=[ended], daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            if not self.lost:
+                with contextlib.suppress(Exception):  # it will be taken for dead
+                    self._files.rm_file(self._path)
+
+    def check(self) -> None:
+        """Refuse to go on where another process has come instead.
+
+        Raises:
+            UserError: it has.
+        """
+        if self.lost:
+            raise UserError(f"{self._address} is in use by {self.lost}; wait for its end, or choose another --output")
+
+    def _keep_beating(self, ended: threading.Event) -> None:
+        while not ended.wait(BEAT_SECONDS):
+            with contextlib.suppress(Exception):  # a network that is down shows where files are copied
+                self._look()
+                if self.lost:
+                    _thread.interrupt_main()
+                    return
+                self._beat()
+
+    def _wait_for_silence(self) -> None:
+        found = self._read()
+        if not found:
+            return
+        print(
+            f"rfjax: {self._address} has an owner, {_who(found)}; waiting {SILENCE_SECONDS:g} s for a sign of it",
+            file=sys.stderr,
+            flush=True,
+        )
+        deadline = time.monotonic() + SILENCE_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, SILENCE_SECONDS / 10))
+            now = self._read()
+            if not now:
+                return
+            if now != found:
+                self.lost = _who(now)
+                self.check()
+
+    def _look(self) -> None:
+        found = self._read()
+        if found.get("token") != self._mine["token"]:
+            self.lost = _who(found)
+
+    def _beat(self) -> None:
+        self._files.pipe_file(self._path, json.dumps(self._mine | {"beat": secrets.token_hex(4)}).encode())
+
+    def _read(self) -> dict[str, Any]:
+        self._files.invalidate_cache()
+        try:
+            return json.loads(self._files.cat_file(self._path))
+        except (FileNotFoundError, ValueError):
+            return {}
+
+
+class _NotCopiedError(UserError):
+    """Names the folder of this machine, which stays."""
+
+
+@contextlib.contextmanager
+def _spoken_of(address: str, verb: str) -> Iterator[None]:
+    """Turn each file system's own exceptions into one."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        hint = "; is there such a bucket?" if isinstance(error, FileNotFoundError) else ""
+        raise UserError(f"cannot {verb} {address}: {reason}{hint}") from None
+
+
+def _is_output(name: str) -> bool:
+    """Whether a file is more than a lock or half written."""
+    return all(
+        "orbax-checkpoint-tmp" not in part and (part == WORKING or not part.startswith(".")) for part in name.split("/")
+    )
+
+
+def _is_working(name: str) -> bool:
+    """Whether a file is of what a process has for itself."""
+    return name.startswith(f"{WORKING}/")
+
+
+def _is_record(name: str) -> bool:
+    """Whether a file is one of those that are written again and again, and name others."""
+    return name.endswith(".json")
+
+
+def _stamp(path: Path) -> _Stamp:
+    found = path.stat()
+    return _Stamp(found.st_mtime_ns, found.st_size)
+
+
+def _who(owner: dict[str, Any]) -> str:
+    return f"process {owner.get('process')} on {owner.get('host')}" if owner else "another process"
