@@ -21,8 +21,9 @@ unless runs/small_pixels rfjax data moving-shapes --output runs/small_pixels --c
   --frames 5 --height 32 --width 48 --seed 2
 unless runs/pixels rfjax data moving-shapes --output runs/pixels --clips 2000 --test-clips 100
 unless runs/long_pixels rfjax data moving-shapes --output runs/long_pixels --clips 600 --test-clips 20 --frames 129 --seed 5
-unless runs/short_pixels rfjax data moving-shapes --output runs/short_pixels --clips 6000 --test-clips 200 --frames 9 --seed 1
-unless runs/clips rfjax data moving-shapes --output runs/clips --clips 1000 --test-clips 50 --seed 3
+unless runs/picture_pixels rfjax data moving-shapes --output runs/picture_pixels --clips 40000 --test-clips 400 --frames 1 --seed 7
+unless runs/short_pixels rfjax data moving-shapes --output runs/short_pixels --clips 4000 --test-clips 40 --frames 9 --seed 11
+unless runs/clips rfjax data moving-shapes --output runs/clips --clips 600 --test-clips 40 --seed 13
 stage vae_small
 stage vae
 stage vae_long
@@ -30,8 +31,11 @@ stage vae_crops
 stage vae_robust
 stage vae_long_crops
 stage vae_final
+unless runs/picture_latents rfjax data latents --dataset runs/picture_pixels --checkpoint runs/vae_final/model \
+  --output runs/picture_latents --batch-size 64
 unless runs/shorts rfjax data latents --dataset runs/short_pixels --checkpoint runs/vae_final/model --output runs/shorts --batch-size 32
 unless runs/latents rfjax data latents --dataset runs/clips --checkpoint runs/vae_final/model --output runs/latents
+stage pictures
 stage short
 stage teacher
 stage causal

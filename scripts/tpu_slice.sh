@@ -1,8 +1,8 @@
-# To be sourced: asks for a TPU slice (queued resources), waits for it, mounts SHARE and installs this code on every host.
-# Reads PROJECT, ZONE, SHARE, NAME, ACCELERATOR, RUNTIME, SPOT and EXTRA (of pip, or none); gives tpu and on_every_host.
+# To be sourced: asks for a TPU slice (queued resources), waits for it, mounts SHARE, if there is one, and installs this code
+# on every host. Reads PROJECT, ZONE, SHARE (a folder as HOST:/NAME, or none), NAME, ACCELERATOR, RUNTIME, SPOT and EXTRA (of
+# pip, or none); gives tpu and on_every_host.
 PROJECT=${PROJECT:?the Google Cloud project}
 ZONE=${ZONE:?a zone with such TPUs}
-SHARE=${SHARE:?the shared folder, as HOST:/NAME}
 MOUNT=/mnt/rfjax                              # of SHARE, on the hosts
 
 tpu() { gcloud compute tpus "$@" --project "$PROJECT" --zone "$ZONE"; }
@@ -31,8 +31,8 @@ git archive --format tar.gz --output "$code/rfjax.tar.gz" HEAD     # what is com
 tpu tpu-vm scp "$code/rfjax.tar.gz" "$NAME:" --worker=all
 on_every_host "
   set -e
-  mountpoint -q $MOUNT || { sudo apt-get -qq update && sudo apt-get -qq install -y nfs-common
-    sudo mkdir -p $MOUNT && sudo mount $SHARE $MOUNT; }
+  [ -z '${SHARE:-}' ] || mountpoint -q $MOUNT || { sudo apt-get -qq update && sudo apt-get -qq install -y nfs-common
+    sudo mkdir -p $MOUNT && sudo mount ${SHARE:-} $MOUNT; }
   rm -rf rfjax && mkdir rfjax && tar -xzf rfjax.tar.gz -C rfjax
   [ -d venv ] || python3.11 -m venv venv || { sudo apt-get -qq install -y python3.11-venv && python3.11 -m venv venv; }
   venv/bin/pip install -q './rfjax${EXTRA:+[$EXTRA]}' 'jax[tpu]' -f https://storage.googleapis.com/jax-releases/libtpu_releases.html"

@@ -18,6 +18,7 @@ SPOT=${SPOT:---spot}                          # cheaper, and taken back at any t
 FSDP=${FSDP:-8}                               # chips that share the parameters
 ACCUMULATE=${ACCUMULATE:-1}                   # batch of 64 / chips: 1 on 64, 4 on 16
 RUN=${RUN:-runs/self_forcing}                 # below SHARE
+SHARE=${SHARE:?the shared folder, as HOST:/NAME}
 EXTRA=train
 . "$(dirname "$0")/tpu_slice.sh"
 

@@ -20,8 +20,12 @@ Cache = Any
 """Past input frames of one layer `[B, frames, H, W, C]`, or a tuple of such, or None where a layer needs none."""
 
 
+# A truncated normal takes six times as long to trace, which every start would wait for.
+_initial = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+
 def _kernel(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: Any) -> nnx.Param:
-    return nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape, dtype))
+    return nnx.Param(_initial(rngs.params(), shape, dtype))
 
 
 def _spatial_conv(
