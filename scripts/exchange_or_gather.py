@@ -2,8 +2,8 @@
 
     python scripts/exchange_or_gather.py [--preset tiny] [--mesh sequence=2 sequence=4] [--chunks 8] [--rounds 3]
 
-Exchanged: each device gives tokens of the other heads for those of its own heads, all-to-all, and holds the memory of its
-heads. Gathered: each device holds the memory of its tokens, and all keys are gathered before they are attended.
+Exchanged: each device gives tokens of the other heads for those of its own heads, all-to-all, and holds the memory of
+its heads. Gathered: each device holds the memory of its tokens, and all keys are gathered before they are attended.
 `rfjax` exchanges wherever the heads divide. On a CPU the devices are host devices, whose links are its memory. Weights
 are random; rounds alternate.
 """

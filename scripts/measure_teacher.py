@@ -1,0 +1,83 @@
+"""Tell by classical vision what the last frames of a bidirectional network's clips of moving shapes show.
+
+    python scripts/measure_teacher.py --checkpoint DIR --output FILE.png [--latent-frames 1] [--prompts 48]
+        [--guidance 2.5] [--steps 24] [--split train] [--seed 0]
+
+For the stages before the student: the network of `moving_shapes_pictures` (one latent frame), `moving_shapes_short`
+(3) or `moving_shapes_teacher` (21). Prompts are captions of new scenes of the kind that training shows, or with
+`--split test` of those that it never shows; all things stay in the picture. The file shows the frames that were read.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import rfjax
+from rfjax.data.shapes import STAYING, Scene, caption, random_scene
+from rfjax.errors import UserError
+from rfjax.evaluation.frames import opencv
+from rfjax.evaluation.shape_videos import shown
+from rfjax.evaluation.shapes import read_frame
+from rfjax.sampling.bidirectional import sample_bidirectional
+from rfjax.sampling.codec import encode_tokens, to_bytes, tokenizer_of
+
+SHARES = ("things", "colours", "kinds", "background")
+COLUMNS = 8
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make the clips, read their last frames, print a table and draw them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--latent-frames", type=int, default=1)
+    parser.add_argument("--prompts", type=int, default=48)
+    parser.add_argument("--guidance", type=float, default=2.5)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--split", choices=("train", "test"), default="train")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    cv2 = opencv()
+    scenes = scenes_of(args.split, args.seed, args.prompts)
+    frames = last_frames(args, scenes)
+    told = [shown([read_frame(frame)], scene) for frame, scene in zip(frames, scenes, strict=True)]
+    print("| captions of | clips | colours and kinds | colours | kinds | background |\n|---|---|---|---|---|---|")
+    for count, name in ((1, "one thing"), (2, "two things")):
+        own = [each for each, scene in zip(told, scenes, strict=True) if len(scene.shapes) == count]
+        shares = " | ".join(f"{np.mean([each[share] for each in own]):.0%}" for share in SHARES)
+        print(f"| {name} | {len(own)} | {shares} |")
+    rows = [np.concatenate(list(frames[i : i + COLUMNS]), 1) for i in range(0, len(frames) - COLUMNS + 1, COLUMNS)]
+    cv2.imwrite(str(args.output), cv2.cvtColor(np.concatenate(rows).repeat(2, 0).repeat(2, 1), cv2.COLOR_RGB2BGR))
+
+
+def scenes_of(split: str, seed: int, count: int) -> list[Scene]:
+    """Draw scenes whose things all stay in the picture."""
+    rng = np.random.default_rng((seed, 1))
+    scenes = (random_scene(rng, split) for _ in iter(int, 1))
+    staying = (scene for scene in scenes if all(shape.motion in STAYING for shape in scene.shapes))
+    return [next(staying) for _ in range(count)]
+
+
+def last_frames(args: argparse.Namespace, scenes: Sequence[Scene]) -> np.ndarray:
+    """Make a clip of each scene's caption and return its last frame."""
+    model = rfjax.load(args.checkpoint)
+    config = model.config
+    embeds = rfjax.encode_prompt(model, [caption(scene) for scene in scenes])
+    nothing = encode_tokens(model, *tokenizer_of(model).nothing())
+    size = config.latent_height, config.latent_width, config.transformer.in_dim
+    shape = (len(scenes), args.latent_frames, *size)
+    key = jax.random.key(args.seed)
+    latents = sample_bidirectional(config, model.transformer, embeds, nothing, shape, key, args.steps, args.guidance)
+    return np.asarray(to_bytes(rfjax.decode(model, latents)[:, -1]))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"measure_teacher: error: {error}", file=sys.stderr)
+        sys.exit(2)
