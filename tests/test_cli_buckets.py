@@ -1,4 +1,7 @@
-"""`gs://` and `s3://` in place of folders, against servers that speak the protocols of both."""
+"""`gs://` and `s3://` in place of folders, against servers that speak the protocols of both.
+
+They are skipped without `pip install "rfjax[buckets]" "moto[server]" gcp-storage-emulator`, which pip takes long to settle.
+"""
 
 import json
 import os
@@ -19,6 +22,9 @@ from rfjax import cli
 from rfjax.io import mirrors
 from rfjax.io.mirrors import destination
 from rfjax.io.remote import local
+
+for package in ("s3fs", "gcsfs", "moto", "gcp_storage_emulator"):
+    pytest.importorskip(package)
 
 PROMPTS = {"a red circle": 60, "a blue star": 15, "a circle": 30, "a star": 45, "a red star": 60}
 """Latent frames."""
