@@ -1,6 +1,7 @@
 """`gs://` and `s3://` in place of folders, against servers that speak the protocols of both.
 
-They are skipped without `pip install "rfjax[buckets]" "moto[server]" gcp-storage-emulator`, which pip takes long to settle.
+They are skipped without `pip install "rfjax[buckets]" "moto[server]" gcp-storage-emulator`, which pip takes long
+to settle.
 """
 
 import json
