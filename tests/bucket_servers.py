@@ -7,9 +7,9 @@ import json
 import socket
 import threading
 
-import boto3  # pyright: ignore[reportMissingImports]
-from gcp_storage_emulator.server import create_server  # pyright: ignore[reportMissingImports]
-from moto.server import ThreadedMotoServer  # pyright: ignore[reportMissingImports]
+import boto3
+from gcp_storage_emulator.server import create_server
+from moto.server import ThreadedMotoServer
 
 
 def free_port() -> int:

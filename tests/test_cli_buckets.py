@@ -1,8 +1,4 @@
-"""`gs://` and `s3://` in place of folders, against servers that speak the protocols of both.
-
-They are skipped without `pip install "rfjax[buckets]" "moto[server]" gcp-storage-emulator`, which pip takes long
-to settle.
-"""
+"""`gs://` and `s3://` in place of folders, against servers that speak the protocols of both."""
 
 import json
 import os
@@ -23,9 +19,6 @@ from rfjax import cli
 from rfjax.io import mirrors
 from rfjax.io.mirrors import destination
 from rfjax.io.remote import local
-
-for package in ("s3fs", "gcsfs", "moto", "gcp_storage_emulator"):
-    pytest.importorskip(package)
 
 PROMPTS = {"a red circle": 60, "a blue star": 15, "a circle": 30, "a star": 45, "a red star": 60}
 """Latent frames."""

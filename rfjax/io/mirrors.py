@@ -111,6 +111,7 @@ class _Mirror:
         self._there: dict[str, _Stamp] = {}
         """Files that the address has, with the stamps of those here."""
         self._alone = threading.Lock()
+        self._warned = ""
         self._owner = _Owner(self._files, f"{self._root}/.rfjax-owner-{process}.json", address)
 
     def pull(self) -> None:
@@ -154,25 +155,19 @@ class _Mirror:
             UserError: another process has it, or takes it; or it cannot be written.
         """
         with self._owner.owning():
-            ended = threading.Event()
-            thread = threading.Thread(target=self._keep_copying, args=[ended], daemon=True)
-            thread.start()
             try:
-                yield
+                with _meanwhile(self._push_or_warn, PUSH_SECONDS):
+                    yield
             finally:
-                ended.set()
-                thread.join()
                 self._copy_the_rest()
 
-    def _keep_copying(self, ended: threading.Event) -> None:
-        warned = ""
-        while not ended.wait(PUSH_SECONDS):
-            try:
-                self.push()
-            except UserError as error:
-                if str(error) != warned:
-                    print(f"rfjax: warning: {error}; it is tried again", file=sys.stderr, flush=True)
-                warned = str(error)
+    def _push_or_warn(self) -> None:
+        try:
+            self.push()
+        except UserError as error:
+            if str(error) != self._warned:
+                print(f"rfjax: warning: {error}; it is tried again", file=sys.stderr, flush=True)
+            self._warned = str(error)
 
     def _copy_the_rest(self) -> None:
         self.copied = False
@@ -261,14 +256,10 @@ class _Owner:
             time.sleep(SETTLE_SECONDS)
             self._look()
         self.check()
-        ended = threading.Event()
-        thread = threading.Thread(target=self._keep_beating, args=[ended], daemon=True)
-        thread.start()
         try:
-            yield
+            with _meanwhile(self._look_and_beat, BEAT_SECONDS):
+                yield
         finally:
-            ended.set()
-            thread.join()
             if not self.lost:
                 with contextlib.suppress(Exception):  # it will be taken for dead
                     self._files.rm_file(self._path)
@@ -282,13 +273,14 @@ class _Owner:
         if self.lost:
             raise UserError(f"{self._address} is in use by {self.lost}; wait for its end, or choose another --output")
 
-    def _keep_beating(self, ended: threading.Event) -> None:
-        while not ended.wait(BEAT_SECONDS):
-            with contextlib.suppress(Exception):  # a network that is down shows where files are copied
-                self._look()
-                if self.lost:
-                    _thread.interrupt_main()
-                    return
+    def _look_and_beat(self) -> None:
+        if self.lost:
+            return
+        with contextlib.suppress(Exception):  # a network that is down shows where files are copied
+            self._look()
+            if self.lost:
+                _thread.interrupt_main()
+            else:
                 self._beat()
 
     def _wait_for_silence(self) -> None:
@@ -324,6 +316,24 @@ class _Owner:
             return json.loads(self._files.cat_file(self._path))
         except (FileNotFoundError, ValueError):
             return {}
+
+
+@contextlib.contextmanager
+def _meanwhile(action: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Call something every so often, in a thread, until the block has ended and the last call is done."""
+    ended = threading.Event()
+
+    def keep_calling() -> None:
+        while not ended.wait(seconds):
+            action()
+
+    thread = threading.Thread(target=keep_calling, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 class _NotCopiedError(UserError):

@@ -1,5 +1,6 @@
 """Several processes of one job: who is there, who makes what, and how each ended."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,67 +80,44 @@ def test_who_never_arrives_is_named_to_all():
         assert "within 1 s: 1, 3; start them, or ask for fewer" in str(end)
 
 
+@contextlib.contextmanager
+def taking_part(where: str, count: int, present: Sequence[int]) -> Iterator[dict[int, str]]:
+    """Let those processes wait for all, a thread each; yield what each is told instead, complete after the block."""
+    told: dict[int, str] = {}
+
+    def take_part(index: int) -> None:
+        try:
+            with RollCall(Processes(where, count, index), 60.0):
+                pass
+        except UserError as error:
+            told[index] = str(error)
+
+    threads = [threading.Thread(target=take_part, args=(index,)) for index in present]
+    for thread in threads:
+        thread.start()
+    yield told
+    for thread in threads:
+        thread.join(20)
+
+
 def test_nobody_waits_for_one_that_cannot_take_part():
-    where, ends = address(), {}
-
-    def take_part(index: int) -> None:
-        try:
-            with RollCall(Processes(where, 3, index), 60.0):
-                pass
-        except UserError as error:
-            ends[index] = str(error)
-
-    threads = [threading.Thread(target=take_part, args=(index,)) for index in (0, 1)]
-    for thread in threads:
-        thread.start()
-    time.sleep(1)  # until both are there
-    RollCall(Processes(where, 3, 2), 60.0).withdraw("the checkpoint folder\n x does not exist")
-    for thread in threads:
-        thread.join(20)
-    assert ends == dict.fromkeys((0, 1), "process 2 cannot take part: the checkpoint folder x does not exist")
-
-
-def test_the_others_hear_that_the_first_cannot_take_part(tmp_path, capsys):
-    ends = {}
-
-    def take_part(index: int) -> None:
-        try:
-            with RollCall(Processes(where, 3, index), 60.0):
-                pass
-        except UserError as error:
-            ends[index] = str(error)
-
     where = address()
-    threads = [threading.Thread(target=take_part, args=(index,)) for index in (1, 2)]
-    for thread in threads:
-        thread.start()
-    flags = ["--checkpoint", str(tmp_path / "none"), "--output", str(tmp_path / "o"), "--processes", f"{where},3,0"]
-    assert cli.main(["generate", *flags]) == 2
-    for thread in threads:
-        thread.join(20)
+    with taking_part(where, 3, [0, 1]) as told:
+        time.sleep(1)  # until both are there
+        RollCall(Processes(where, 3, 2), 60.0).withdraw("the checkpoint folder\n x does not exist")
+    assert told == dict.fromkeys((0, 1), "process 2 cannot take part: the checkpoint folder x does not exist")
+
+
+@pytest.mark.parametrize(("index", "others"), [(0, [1, 2]), (1, [0, 2])])
+def test_a_process_without_its_checkpoint_says_so_to_all(tmp_path, capsys, index, others):
+    where = address()
+    flags = ["--checkpoint", str(tmp_path / "none"), "--output", str(tmp_path / "o")]
+    with taking_part(where, 3, others) as told:
+        time.sleep(1)
+        assert cli.main(["generate", *flags, "--processes", f"{where},3,{index}"]) == 2
     said = f"the checkpoint folder {tmp_path / 'none'} does not exist"
     assert said in capsys.readouterr().err
-    assert ends == dict.fromkeys((1, 2), f"process 0 cannot take part: {said}")
-
-
-def test_a_process_without_its_checkpoint_says_so_to_the_first(tmp_path, capsys):
-    ends = []
-
-    def first() -> None:
-        try:
-            with RollCall(Processes(where, 2, 0), 60.0):
-                pass
-        except UserError as error:
-            ends.append(str(error))
-
-    where = address()
-    thread = threading.Thread(target=first)
-    thread.start()
-    flags = ["--checkpoint", str(tmp_path / "none"), "--output", str(tmp_path / "o"), "--processes", f"{where},2,1"]
-    assert cli.main(["generate", *flags]) == 2
-    thread.join(20)
-    assert f"the checkpoint folder {tmp_path / 'none'} does not exist" in capsys.readouterr().err
-    assert ends == [f"process 1 cannot take part: the checkpoint folder {tmp_path / 'none'} does not exist"]
+    assert told == dict.fromkeys(others, f"process {index} cannot take part: {said}")
 
 
 def test_the_first_may_be_the_one_that_never_arrives():
