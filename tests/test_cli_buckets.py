@@ -16,17 +16,25 @@ import pytest
 from tiny_data import make_tiny_checkpoint
 
 from rfjax import cli
-from rfjax.io import mirrors
+from rfjax.io import mirrors, ownership
 from rfjax.io.mirrors import destination
 from rfjax.io.remote import local
 
 PROMPTS = {"a red circle": 60, "a blue star": 15, "a circle": 30, "a star": 45, "a red star": 60}
 """Latent frames."""
-QUICK = {"PUSH": 0.1, "BEAT": 0.2, "SILENCE": 1.0, "SETTLE": 0.1}
+QUICK = {
+    mirrors: {"PUSH_SECONDS": 0.1},
+    ownership: {"BEAT_SECONDS": 0.2, "SILENCE_SECONDS": 1.0, "SETTLE_SECONDS": 0.1},
+}
 KILLS = 6
-COMMAND = (
-    "import sys; from rfjax import cli; from rfjax.io import mirrors; vars(mirrors).update({}); sys.exit(cli.main())"
-)
+COMMAND = f"""
+import sys
+from rfjax import cli
+from rfjax.io import mirrors, ownership
+vars(mirrors).update({QUICK[mirrors]})
+vars(ownership).update({QUICK[ownership]})
+sys.exit(cli.main())
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,14 +75,19 @@ def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    for module, times in QUICK.items():
+        for name, seconds in times.items():
+            monkeypatch.setattr(module, name, seconds)
+
+
 def names(files) -> set[str]:
     files.invalidate_cache()
     return {path.removeprefix("bucket/job/") for path in files.find("bucket/job")}
 
 
-def test_files_come_and_go(files, bucket, monkeypatch):
-    for name, seconds in QUICK.items():
-        monkeypatch.setattr(mirrors, f"{name}_SECONDS", seconds)
+def test_files_come_and_go(files, bucket):
     files.pipe_file("bucket/job/out/a.mp4", b"video")
     files.pipe_file("bucket/job/out/metadata.json", b"{}")
     files.pipe_file("bucket/job/out/.rfjax/process-0/state/x", b"state")
@@ -127,11 +140,10 @@ def check_complete(files, videos: dict[str, bytes]) -> None:
 
 
 def started(flags: list[str], tmp_path: Path) -> subprocess.Popen:
-    quick = {f"{name}_SECONDS": seconds for name, seconds in QUICK.items()}
     environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "true", "TMPDIR": str(tmp_path)}
     # Without LLVM's optimizations, as the suite compiles, the last bits depend on a video's place in the batch.
     del environment["XLA_FLAGS"]
-    command = [sys.executable, "-c", COMMAND.format(quick), *flags]
+    command = [sys.executable, "-c", COMMAND, *flags]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
 
 
@@ -176,9 +188,7 @@ def test_processes_share_an_address(files, bucket, flags, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_job_in_use_is_refused_and_one_that_is_done_is_left(files, bucket, flags, tmp_path, capsys, monkeypatch):
-    for name, seconds in QUICK.items():
-        monkeypatch.setattr(mirrors, f"{name}_SECONDS", seconds)
+def test_a_job_in_use_is_refused_and_one_that_is_done_is_left(files, bucket, flags, tmp_path, capsys):
     with destination(f"{bucket}/out"):
         assert cli.main([*flags, "--output", f"{bucket}/out"]) == 2
         assert f"{bucket}/out is in use by process {os.getpid()} on {socket.gethostname()}" in capsys.readouterr().err

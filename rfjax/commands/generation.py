@@ -47,17 +47,18 @@ def generate(args: argparse.Namespace, requests: list[Request], schedule: list[S
     processes = who(args)
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=processes.index > 0)
     roll_call = RollCall(processes, args.processes_timeout)
-    with contextlib.ExitStack() as stack:
-        try:
+    try:
+        with contextlib.ExitStack() as stack:
             place = stack.enter_context(destination(args.output, processes.index))
             plan, budget, limit = prepare(args, requests, schedule, console, place, processes)
-        except UserError as error:
-            roll_call.withdraw(str(error))
-            raise
-        # All have looked at the folder before anyone writes, so that all divide the same videos.
-        with roll_call as together, out_of_memory_says(needs(budget, limit)):
-            if plan.missing or (processes.index == 0 and plan.elsewhere):
-                _make(args, plan, budget, console, together, place)
+            opened = stack.pop_all()
+    except UserError as error:
+        roll_call.withdraw(str(error))
+        raise
+    # All have looked at the folder before anyone writes, so that all divide the same videos.
+    with opened, roll_call as together, out_of_memory_says(needs(budget, limit)):
+        if plan.missing or (processes.index == 0 and plan.elsewhere):
+            _make(args, plan, budget, console, together, place)
 
 
 def _make(

@@ -5,31 +5,25 @@ which they were written, and come down before the work begins. So what lies at t
 away, what the folder was a moment before.
 """
 
-import _thread
 import contextlib
 import dataclasses
-import json
 import os
-import secrets
 import shutil
-import socket
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rfjax.errors import UserError
-from rfjax.io.remote import File, files_at, open_address
+from rfjax.io.meanwhile import meanwhile
+from rfjax.io.ownership import AddressOwner
+from rfjax.io.remote import File, files_at, open_address, spoken_of
 from rfjax.io.reports import WORKING, working_folder
 
-PUSH_SECONDS, BEAT_SECONDS = 5.0, 15.0
-SILENCE_SECONDS = 60.0
-"""An owner that gives no sign for so long has ended."""
-SETTLE_SECONDS = 1.0
-"""After which, of two that came at the same time, one is seen to be the last."""
+PUSH_SECONDS = 5.0
 TRIES, RETRY_SECONDS = 5, 10.0
 """Of the last copy."""
 
@@ -101,7 +95,7 @@ class _Mirror:
     """The files of a folder, at an address."""
 
     def __init__(self, address: str, process: int):
-        with _spoken_of(address, "use"):
+        with spoken_of(address, "use"):
             self._files, self._root = open_address(address)
         self.address = address
         self.folder = Path(tempfile.mkdtemp(prefix="rfjax-output-"))
@@ -112,11 +106,11 @@ class _Mirror:
         """Files that the address has, with the stamps of those here."""
         self._alone = threading.Lock()
         self._warned = ""
-        self._owner = _Owner(self._files, f"{self._root}/.rfjax-owner-{process}.json", address)
+        self._owner = AddressOwner(self._files, f"{self._root}/.rfjax-owner-{process}.json", address)
 
     def pull(self) -> None:
         """Fetch what lies at the address: the process's own state, and all records; other files stay empty."""
-        with self._alone, _spoken_of(self.address, "read"):
+        with self._alone, spoken_of(self.address, "read"):
             for file in files_at(self._files, self._root):
                 if _is_output(file.name):
                     self._fetch(file, whole=_is_record(file.name) or self._is_own(file.name))
@@ -124,7 +118,7 @@ class _Mirror:
     def sync(self) -> None:
         """Copy what is new, and fetch what other processes report."""
         self.push(everything=True)
-        with self._alone, _spoken_of(self.address, "read"):
+        with self._alone, spoken_of(self.address, "read"):
             for file in files_at(self._files, self._root):
                 if _is_working(file.name) and _is_record(file.name) and not self._is_own(file.name):
                     self._fetch(file, whole=True)
@@ -135,7 +129,7 @@ class _Mirror:
         Args:
             everything: also what was written a moment ago, for nobody writes any more.
         """
-        with self._alone, _spoken_of(self.address, "write to"):
+        with self._alone, spoken_of(self.address, "write to"):
             # Nothing else: one who tidies up this machine must not take videos away.
             gone = [name for name in self._there if _is_working(name) and not (self.folder / name).exists()]
             written, complete = self._written(everything)
@@ -156,7 +150,7 @@ class _Mirror:
         """
         with self._owner.owning():
             try:
-                with _meanwhile(self._push_or_warn, PUSH_SECONDS):
+                with meanwhile(self._push_or_warn, PUSH_SECONDS):
                     yield
             finally:
                 self._copy_the_rest()
@@ -234,123 +228,8 @@ class _Mirror:
         return name.startswith(self._own)
 
 
-class _Owner:
-    """The file at an address that says which process has it, with a sign of life that changes."""
-
-    def __init__(self, files: Any, path: str, address: str):
-        self._files, self._path, self._address = files, path, address
-        self._mine = {"host": socket.gethostname(), "process": os.getpid(), "token": secrets.token_hex(8)}
-        self.lost = ""
-        """Who has come instead."""
-
-    @contextlib.contextmanager
-    def owning(self) -> Iterator[None]:
-        """Have the address until the block ends.
-
-        Raises:
-            UserError: another process has it, or it cannot be written.
-        """
-        with _spoken_of(self._address, "write to"):
-            self._wait_for_silence()
-            self._beat()
-            time.sleep(SETTLE_SECONDS)
-            self._look()
-        self.check()
-        try:
-            with _meanwhile(self._look_and_beat, BEAT_SECONDS):
-                yield
-        finally:
-            if not self.lost:
-                with contextlib.suppress(Exception):  # it will be taken for dead
-                    self._files.rm_file(self._path)
-
-    def check(self) -> None:
-        """Refuse to go on where another process has come instead.
-
-        Raises:
-            UserError: it has.
-        """
-        if self.lost:
-            raise UserError(f"{self._address} is in use by {self.lost}; wait for its end, or choose another --output")
-
-    def _look_and_beat(self) -> None:
-        if self.lost:
-            return
-        with contextlib.suppress(Exception):  # a network that is down shows where files are copied
-            self._look()
-            if self.lost:
-                _thread.interrupt_main()
-            else:
-                self._beat()
-
-    def _wait_for_silence(self) -> None:
-        found = self._read()
-        if not found:
-            return
-        print(
-            f"rfjax: {self._address} has an owner, {_who(found)}; waiting {SILENCE_SECONDS:g} s for a sign of it",
-            file=sys.stderr,
-            flush=True,
-        )
-        deadline = time.monotonic() + SILENCE_SECONDS
-        while time.monotonic() < deadline:
-            time.sleep(min(1.0, SILENCE_SECONDS / 10))
-            now = self._read()
-            if not now:
-                return
-            if now != found:
-                self.lost = _who(now)
-                self.check()
-
-    def _look(self) -> None:
-        found = self._read()
-        if found.get("token") != self._mine["token"]:
-            self.lost = _who(found)
-
-    def _beat(self) -> None:
-        self._files.pipe_file(self._path, json.dumps(self._mine | {"beat": secrets.token_hex(4)}).encode())
-
-    def _read(self) -> dict[str, Any]:
-        self._files.invalidate_cache()
-        try:
-            return json.loads(self._files.cat_file(self._path))
-        except (FileNotFoundError, ValueError):
-            return {}
-
-
-@contextlib.contextmanager
-def _meanwhile(action: Callable[[], None], seconds: float) -> Iterator[None]:
-    """Call something every so often, in a thread, until the block has ended and the last call is done."""
-    ended = threading.Event()
-
-    def keep_calling() -> None:
-        while not ended.wait(seconds):
-            action()
-
-    thread = threading.Thread(target=keep_calling, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
 class _NotCopiedError(UserError):
     """Names the folder of this machine, which stays."""
-
-
-@contextlib.contextmanager
-def _spoken_of(address: str, verb: str) -> Iterator[None]:
-    """Turn each file system's own exceptions into one."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        hint = "; is there such a bucket?" if isinstance(error, FileNotFoundError) else ""
-        raise UserError(f"cannot {verb} {address}: {reason}{hint}") from None
 
 
 def _is_output(name: str) -> bool:
@@ -373,7 +252,3 @@ def _is_record(name: str) -> bool:
 def _stamp(path: Path) -> _Stamp:
     found = path.stat()
     return _Stamp(found.st_mtime_ns, found.st_size)
-
-
-def _who(owner: dict[str, Any]) -> str:
-    return f"process {owner.get('process')} on {owner.get('host')}" if owner else "another process"

@@ -3,11 +3,13 @@
 Whatever fsspec can read will do; buckets need its package for them (`gcsfs`, `s3fs`).
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ def local(place: str | Path) -> Path:
     if not is_address(place):
         return Path(place)
     address = str(place).rstrip("/")
-    try:
+    with spoken_of(address, "read"):
         files, root = open_address(address)
         found = files_at(files, root)
         if not found:
@@ -39,11 +41,27 @@ def local(place: str | Path) -> Path:
         if not _whole(copy, found):
             _copy(address, files, found, copy)
         return copy
+
+
+@contextlib.contextmanager
+def spoken_of(address: str, verb: str) -> Iterator[None]:
+    """Turn each file system's own exceptions into one.
+
+    Args:
+        address: what the block works with.
+        verb: what it does there, such as "read".
+
+    Raises:
+        UserError: the block failed.
+    """
+    try:
+        yield
     except UserError:
         raise
-    except Exception as error:  # each file system's own
+    except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"cannot read {address}: {reason}") from None
+        hint = "; is there such a bucket?" if isinstance(error, FileNotFoundError) else ""
+        raise UserError(f"cannot {verb} {address}: {reason}{hint}") from None
 
 
 @dataclasses.dataclass(frozen=True)

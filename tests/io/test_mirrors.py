@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rfjax.errors import UserError
-from rfjax.io import mirrors
+from rfjax.io import mirrors, ownership
 from rfjax.io.mirrors import destination
 
 ADDRESS = "memory://bucket/out"
@@ -21,8 +21,14 @@ ROOT = "/bucket/out/"
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    for name, seconds in (("PUSH", 0.05), ("BEAT", 0.05), ("SILENCE", 0.5), ("SETTLE", 0.01), ("RETRY", 0.01)):
-        monkeypatch.setattr(mirrors, f"{name}_SECONDS", seconds)
+    for module, name, seconds in (
+        (mirrors, "PUSH", 0.05),
+        (mirrors, "RETRY", 0.01),
+        (ownership, "BEAT", 0.05),
+        (ownership, "SILENCE", 0.5),
+        (ownership, "SETTLE", 0.01),
+    ):
+        monkeypatch.setattr(module, f"{name}_SECONDS", seconds)
 
 
 @pytest.fixture
@@ -137,7 +143,7 @@ def test_of_two_at_the_same_time_the_last_stays(files, monkeypatch):
     def other_comes(seconds):
         files.pipe(ROOT + ".rfjax-owner-0.json", b'{"host": "h", "process": 7, "token": "t"}')
 
-    monkeypatch.setattr(mirrors.time, "sleep", other_comes)
+    monkeypatch.setattr(ownership.time, "sleep", other_comes)
     with pytest.raises(UserError, match="in use by process 7 on h"), destination(ADDRESS):
         pass
     assert json.loads(files.cat(ROOT + ".rfjax-owner-0.json"))["process"] == 7

@@ -13,11 +13,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from tiny_data import make_tiny_checkpoint
 
 from rfjax import cli
 from rfjax.errors import UserError
+from rfjax.io import ownership
 from rfjax.io.manifest import read_jobs
 from rfjax.parallel.processes import Processes, RollCall, detect
 
@@ -118,6 +120,16 @@ def test_a_process_without_its_checkpoint_says_so_to_all(tmp_path, capsys, index
     said = f"the checkpoint folder {tmp_path / 'none'} does not exist"
     assert said in capsys.readouterr().err
     assert told == dict.fromkeys(others, f"process {index} cannot take part: {said}")
+
+
+def test_what_is_wrong_at_an_address_goes_by_it(monkeypatch):
+    monkeypatch.setattr(ownership, "SETTLE_SECONDS", 0.01)
+    fsspec.filesystem("memory").pipe("/bucket/damaged/metadata.json", b"{")
+    where = address()
+    with taking_part(where, 2, [0]) as told:
+        time.sleep(1)
+        assert cli.main(["generate", "--output", "memory://bucket/damaged", "--processes", f"{where},2,1"]) == 2
+    assert "memory://bucket/damaged/metadata.json" in told[0]
 
 
 def test_the_first_may_be_the_one_that_never_arrives():
