@@ -6,22 +6,22 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import yaml
 from jax.experimental import multihost_utils
 from rich.console import Console
 
 from rfjax.commands.interruptions import Interruptions, Terminated
 from rfjax.errors import UserError
-from rfjax.io.atomic import replacing
 from rfjax.io.outputs import make_folder
 from rfjax.io.ownership import owning
 from rfjax.models.functional import Params
+from rfjax.sampling.budget import out_of_memory_says
 from rfjax.training.config import TrainConfig
 from rfjax.training.export import export
 from rfjax.training.loop import best_networks, mesh_of, train
 from rfjax.training.setup import Setup, prepare
 
 MODEL = "model"
+_LESS_MEMORY = "remat, a larger accumulate (both with --set) or mesh.fsdp on more devices need less"
 
 
 def run(config: TrainConfig, folder: Path, distributed: bool = False) -> None:
@@ -35,12 +35,14 @@ def run(config: TrainConfig, folder: Path, distributed: bool = False) -> None:
         _join()
     console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=jax.process_index() > 0)
     mesh = mesh_of(config)
-    # Whole networks are loaded; the first device alone would have to hold all of them.
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        setup = prepare(config)
-    with _first_process_owning(folder):
-        _write_config(config, folder)
-        _train(config, setup, mesh, folder, console)
+    try:
+        # Whole networks are loaded; the first device alone would have to hold all of them.
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            setup = prepare(config)
+        with _first_process_owning(folder), out_of_memory_says(_LESS_MEMORY):
+            _train(config, setup, mesh, folder, console)
+    except Terminated:  # before the first step or after the last
+        console.print("stopped; nothing is lost, and the same command goes on")
 
 
 def _train(config: TrainConfig, setup: Setup, mesh: jax.sharding.Mesh, folder: Path, console: Console) -> None:
@@ -88,13 +90,6 @@ def _first_process_owning(folder: Path) -> contextlib.AbstractContextManager[Non
         return contextlib.nullcontext()
     make_folder(folder)
     return owning(folder)
-
-
-def _write_config(config: TrainConfig, folder: Path) -> None:
-    if jax.process_index():
-        return
-    with replacing(folder / "config.yaml") as temporary:
-        temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def _summary(config: TrainConfig, params: dict[str, dict[str, Params]]) -> str:

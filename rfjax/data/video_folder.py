@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import zlib
@@ -94,8 +95,12 @@ class VideoFolder(tfds.core.ShardBasedBuilder):
 
     def _examples(self, videos: list[Video]) -> Iterator[dict[str, Any]]:
         for video in videos:
-            for clip in _clips(self._config.videos / video.name, self._config):
+            path, made = self._config.videos / video.name, 0
+            for clip in itertools.islice(_clips(path, self._config), video.clips):
+                made += 1
                 yield {"video": clip, "caption": video.caption}
+            if made < video.clips:
+                raise UserError(f"{path} has changed while it was read: {made} clips in place of {video.clips}")
 
 
 def build(folder: Path, config: VideoFolderConfig, report: Callable[[int, int, int], None]) -> str:

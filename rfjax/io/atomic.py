@@ -20,6 +20,8 @@ def temporary_name(path: Path) -> Path:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary name to write to; it becomes `path` if the block succeeds and vanishes if not.
 
+    What was written is on the disk before it has the name, lest a machine that loses power leave an empty file.
+
     Raises:
         UserError: the folder cannot be written to, or the disk is full.
     """
@@ -27,6 +29,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = temporary_name(path)
     try:
         yield temporary
+        to_disk(temporary)
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
@@ -45,8 +48,15 @@ def write_json(path: str | Path, value: Any) -> None:
     text = _layout(value, "") + "\n"
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file's content would survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _layout(value: Any, indent: str) -> str:

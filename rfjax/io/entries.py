@@ -1,7 +1,6 @@
 """Files of entries that each describe a video: `{NAME: [{"file": ..., ...}]}`, an entry a line."""
 
 import json
-import os
 from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any
@@ -46,5 +45,3 @@ def write_entries(path: Path, name: str, entries: Iterable[Entry]) -> None:
     lines = [json.dumps(entry, ensure_ascii=False, allow_nan=False) for entry in entries]
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(f'{{"{name}": [\n' + ",\n".join(lines) + "\n]}\n")
-        file.flush()
-        os.fsync(file.fileno())

@@ -38,8 +38,9 @@ def owning(folder: Path) -> Iterator[None]:
     except BlockingIOError:
         raise UserError(f"{folder} is in use by {_owner(path)}; wait for its end, or choose another --output") from None
     try:
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without its owner's name
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
     finally:
         path.unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 A video file cannot be: the state of its encoder is out of reach. A reel has a file a chunk, whole or absent.
 """
 
-import os
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -38,8 +37,6 @@ class Reel:
             raise UserError(f"cannot make the folder {self._folder}: {error.strerror}") from None
         with replacing(self._path(index)) as temporary, open(temporary, "wb") as file:
             np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-            file.flush()
-            os.fsync(file.fileno())
 
     def chunks(self, count: int) -> Iterator[dict[str, np.ndarray]]:
         """Read the first chunks.

@@ -28,6 +28,7 @@ from rfjax.io.checkpoints import DamagedCheckpointError, open_arrays, readable
 
 _UNFINISHED = (".*.part", "*.orbax-checkpoint-tmp*")
 """What a killed process leaves behind: checkpoints half removed, and half written."""
+_DAMAGED = ".damaged"
 _SHOWN = 200
 """Characters of a library's message that are worth a line."""
 
@@ -132,12 +133,25 @@ class Checkpoints:
         raise UserError(f"{self._folder} has no checkpoint that can be restored")
 
     def settings(self, step: int) -> dict[str, Any]:
-        """What the run that wrote a checkpoint was started with.
+        """Return what the run that wrote a checkpoint was started with.
 
         Raises:
             UserError: the checkpoint is missing or damaged.
         """
         return _read_record(self._path(step))["settings"]
+
+    def check_none_damaged(self) -> None:
+        """Refuse to begin anew beside checkpoints that were set aside.
+
+        Raises:
+            UserError: there are such.
+        """
+        aside = sorted(path.name for path in self._folder.glob(f"*{_DAMAGED}"))
+        if aside:
+            raise UserError(
+                f"{self._folder} has no checkpoint that can be restored, only {', '.join(aside)}; give one its former "
+                f"name if it may be sound, or remove {'it' if len(aside) == 1 else 'them'} to begin anew"
+            )
 
     def __enter__(self) -> "Checkpoints":
         try:
@@ -172,7 +186,7 @@ class Checkpoints:
     def set_aside(self, step: int, error: Exception) -> None:
         """Give a damaged checkpoint another name and report it."""
         path = self._path(step)
-        aside = path.with_name(f"{path.name}.damaged")
+        aside = path.with_name(f"{path.name}{_DAMAGED}")
         self._report(f"warning: {_line(error)}; it is now called {aside.name}, and the one before is taken")
         self._on_disk(lambda: (shutil.rmtree(aside, ignore_errors=True), path.rename(aside)))
 

@@ -1,7 +1,6 @@
 """H.264 video in MP4, written as it is generated and read back."""
 
 import contextlib
-import os
 from pathlib import Path
 from types import TracebackType
 
@@ -13,7 +12,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from jaxtyping import UInt8
 
 from rfjax.errors import UserError
-from rfjax.io.atomic import temporary_name
+from rfjax.io.atomic import temporary_name, to_disk
 
 # Readers that ignore a file's colour tags (decord, OpenCV) assume BT.601, so it is both written and tagged.
 _MATRIX = Colorspace.ITU601
@@ -78,8 +77,7 @@ class VideoWriter:
         with self._user_errors():
             self._container.mux(self._stream.encode())
             self._container.close()
-            with open(self._temporary, "rb") as file:
-                os.fsync(file.fileno())
+            to_disk(self._temporary)
             self._temporary.replace(self.path)
 
     def abort(self) -> None:

@@ -22,15 +22,11 @@ class VideoFrames:
     """The file."""
     fps: float
     """Frames a second."""
-    height: int
-    """Rows of a frame in pixels."""
-    width: int
-    """Columns of a frame in pixels."""
     announced: int
     """Frames that the file says it holds, 0 where it does not say."""
 
     def __iter__(self) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
-        """Yield the frames as RGB.
+        """Yield the frames as RGB, upright: phones film lying down and note how to turn what they filmed.
 
         Raises:
             UserError: the file is damaged, holds no frame, or fewer than it says.
@@ -40,7 +36,8 @@ class VideoFrames:
             with _opened(self.path) as container:
                 for picture in container.decode(video=0):
                     # BT.601 whatever the file is tagged with, as `rfjax.io.video` writes and VBench reads.
-                    yield picture.to_ndarray(format="rgb24", src_colorspace=Colorspace.ITU601)
+                    frame = picture.to_ndarray(format="rgb24", src_colorspace=Colorspace.ITU601)
+                    yield np.rot90(frame, round(picture.rotation / 90))
                     count += 1
         except (OSError, FFmpegError) as error:
             raise _unreadable(self.path, error) from None
@@ -66,8 +63,7 @@ def read_frames(path: str | Path) -> VideoFrames:
             rate = stream.average_rate or stream.guessed_rate
             if not rate:
                 raise UserError(f"the video {path} does not say how many frames a second it has")
-            size = stream.codec_context.height, stream.codec_context.width
-            return VideoFrames(Path(path), float(rate), *size, announced=stream.frames)
+            return VideoFrames(Path(path), float(rate), stream.frames)
     except (OSError, FFmpegError) as error:
         raise _unreadable(path, error) from None
 

@@ -38,10 +38,13 @@ def export(config: TrainConfig, setup: Setup, networks: Mapping[str, Params], fo
     if config.stage == "vae" and not config.options.decoder_only:
         model = _with_statistics(config, setup, networks["vae"])
     tokenizer, whole = Path(config.init) / TOKENIZER, temporary_name(folder)
-    save(whole, model, networks, tokenizer if tokenizer.is_dir() else None, rest=Path(config.init))
-    if folder.exists():  # of the same run with fewer steps
-        shutil.rmtree(folder)
-    whole.rename(folder)
+    try:
+        save(whole, model, networks, tokenizer if tokenizer.is_dir() else None, rest=Path(config.init))
+        if folder.exists():  # of the same run with fewer steps
+            shutil.rmtree(folder)
+        whole.rename(folder)
+    finally:
+        shutil.rmtree(whole, ignore_errors=True)
 
 
 def _with_statistics(config: TrainConfig, setup: Setup, params: Params) -> ModelConfig:
@@ -61,12 +64,12 @@ def latent_statistics(
     Args:
         config: sizes.
         params: of `WanVAE`.
-        videos: batches of 8-bit video [B, T, H, W, 3].
+        videos: batches of 8-bit video [B, T, H, W, 3]; one device encodes them, a video at a time.
     """
     encode = jax.jit(functools.partial(posterior, config))
     moments = []
-    for video in videos:
-        latents = encode(params, to_unit(video))[0].astype(jnp.float32)
+    for video in itertools.chain.from_iterable(videos):
+        latents = encode(params, to_unit(video[None]))[0].astype(jnp.float32)
         moments.append(jnp.stack([latents.mean((0, 1, 2, 3)), jnp.square(latents).mean((0, 1, 2, 3))]))
     mean, square = np.mean(np.asarray(moments, np.float64), axis=0)
     std = np.sqrt(np.maximum(square - mean**2, 1e-12))

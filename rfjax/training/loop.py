@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import yaml
 from rich.console import Console
 
 from rfjax.data.reading import batches
 from rfjax.errors import UserError
+from rfjax.io.atomic import replacing
 from rfjax.io.run_checkpoints import Checkpoints
 from rfjax.parallel.mesh import check_batch, global_batch, make_mesh, parameter_sharding, place
 from rfjax.training.config import TrainConfig
@@ -23,8 +25,9 @@ from rfjax.training.update import make_update
 from rfjax.training.watch import DivergedError, Watch
 
 CHECKPOINTS = "checkpoints"
-FREE = ("description", "steps", "mesh", "checkpoint", "log_every", "sample")
-"""Settings that a run which goes on may change."""
+CONFIG = "config.yaml"
+FREE = ("description", "steps", "accumulate", "optimizer", "critic", "mesh", "checkpoint", "log_every", "sample")
+"""Settings that a run which goes on may change, here or among the stage's own."""
 
 
 def mesh_of(config: TrainConfig) -> jax.sharding.Mesh:
@@ -52,7 +55,7 @@ def train(
         config: of the run.
         setup: from `prepare`.
         mesh: from `mesh_of`.
-        folder: of the run: its checkpoints, metrics and sample videos.
+        folder: of the run: its configuration, checkpoints, metrics and sample videos.
         console: for the metrics.
         stop: asked between steps; where it is true the state is saved and returned.
 
@@ -60,7 +63,8 @@ def train(
         The state after the last step done, which is saved.
 
     Raises:
-        UserError: the folder holds another run, or the loss diverged; the last good checkpoint is kept then.
+        UserError: the folder holds another run, the state could not be saved before leaving, or the loss diverged;
+            the last good checkpoint is kept then.
     """
     run = _Run(config, setup, mesh)
     with (
@@ -68,7 +72,11 @@ def train(
         Checkpoints(folder / CHECKPOINTS, config.checkpoint.keep) as checkpoints,
         Metrics(folder, console, config.steps) as metrics,
     ):
-        return run.learn(checkpoints, metrics, stop)
+        state, first, reader = run.begin(checkpoints)
+        if jax.process_index() == 0:
+            _write_config(config, folder / CONFIG)
+        metrics.begin(first)
+        return run.learn(state, first, reader, checkpoints, metrics, stop)
 
 
 class _Run:
@@ -91,40 +99,63 @@ class _Run:
             for player in players
         }
 
-    def learn(self, checkpoints: Checkpoints, metrics: Metrics, stop: Callable[[], bool]) -> TrainState:
-        """Go from the newest checkpoint, or the beginning, to the last step."""
-        config, stage = self.config, self.setup.stage
+    def begin(self, checkpoints: Checkpoints) -> tuple[TrainState, int, Any]:
+        """Return the state of the newest checkpoint, or a fresh one, the number of its steps, and the reader there."""
         reader = self._reader()
-        state, first = self._begin(checkpoints, reader)
-        metrics.begin(first)
+        if checkpoints.latest is None:
+            checkpoints.check_none_damaged()
+            fresh = jax.jit(self._fresh, out_shardings=self.shardings)
+            return fresh(place(self.setup.params, self.shardings.params)), 0, reader
+        step, state, position = checkpoints.restore(None, self.like)
+        self._compare(checkpoints.settings(step))
+        reader.set_state(position)
+        return state, step, reader
+
+    def learn(
+        self,
+        state: TrainState,
+        first: int,
+        reader: Any,
+        checkpoints: Checkpoints,
+        metrics: Metrics,
+        stop: Callable[[], bool],
+    ) -> TrainState:
+        """Go from the first step that is missing to the last."""
+        config, stage = self.config, self.setup.stage
         frozen = place(self.setup.frozen, parameter_sharding(self.mesh, self.setup.frozen))
         preview = config.sample and Preview(config, self.setup, config.sample)
-        watch, since, seen = Watch(), time.monotonic(), first
+        watch, since, seen, before = Watch(), time.monotonic(), first, {}
         try:
             for step in range(first, config.steps):
                 batch = global_batch(self.mesh, next(reader))
                 for player in stage.turn(step):
                     state, numbers = self.updates[player](state, frozen, batch, step)
                     watch.add(step + 1, numbers)
-                done, ending = step + 1, stop() or step + 1 == config.steps
+                jax.block_until_ready(before)  # the device is one step behind at most, so that a signal is soon obeyed
+                before = numbers
+                done, told = step + 1, stop()
+                ending = told or done == config.steps
                 if done % config.log_every == 0 or ending or done == first + 1:
                     means = watch.look() | self._rates(done)
                     now = time.monotonic()
                     metrics.log(done, means, (done - seen) * config.batch_size / (now - since))
                     since, seen = now, done
-                if preview is not None and (done % preview.sample.every == 0 or done == config.steps):
-                    preview.make(best_networks(self.setup, state), frozen, metrics, done)
-                    since, seen = time.monotonic(), done
                 if done % config.checkpoint.every == 0 or ending:
                     watch.look()
-                    checkpoints.save(done, state, reader.get_state(), config.to_dict())
-                if ending:
+                    saved = checkpoints.save(done, state, reader.get_state(), config.to_dict())
+                    if told and not (saved and checkpoints.wait()):
+                        raise UserError(f"stopped after step {done}, which could not be saved; {_kept(checkpoints)}")
+                if told:
                     break
+                if preview is not None and (done % preview.sample.every == 0 or ending):
+                    preview.make(best_networks(self.setup, state), frozen, metrics, done)
+                    since, seen = time.monotonic(), done
         except DivergedError as error:
             checkpoints.wait()
-            kept = checkpoints.latest
-            last = "there is no checkpoint yet" if kept is None else f"the last good checkpoint is that of step {kept}"
-            raise UserError(f"training has diverged: {error}; {last}. A lower learning rate may help") from None
+            raise UserError(
+                f"training has diverged: {error}; {_kept(checkpoints)}. A lower learning rate may help, from there on "
+                "with --set optimizer.learning_rate=..."
+            ) from None
         return state
 
     def _fresh(self, params: Mapping[str, Any]) -> TrainState:
@@ -135,15 +166,6 @@ class _Run:
             opt_state={player: self.optimizers[player].init(tree) for player, tree in params.items()},
             ema={} if self.config.ema is None else jax.tree.map(jnp.copy, params[first]),
         )
-
-    def _begin(self, checkpoints: Checkpoints, reader: Any) -> tuple[TrainState, int]:
-        if checkpoints.latest is None:
-            fresh = jax.jit(self._fresh, out_shardings=self.shardings)
-            return fresh(place(self.setup.params, self.shardings.params)), 0
-        step, state, position = checkpoints.restore(None, self.like)
-        self._compare(checkpoints.settings(step))
-        reader.set_state(position)
-        return state, step
 
     def _reader(self) -> Any:
         return batches(
@@ -168,11 +190,11 @@ class _Run:
         return {player: sum(player in stage.turn(step) for step in range(steps)) for player in stage.players}
 
     def _compare(self, before: Mapping[str, Any]) -> None:
-        now = self.config.to_dict()
-        for name in sorted((before.keys() | now.keys()) - set(FREE)):
-            if before.get(name) != now.get(name):
+        then, now = _bound(before), _bound(self.config.to_dict())
+        for name in sorted(then.keys() | now.keys()):
+            if then.get(name) != now.get(name):
                 raise UserError(
-                    f"the run in this folder has {name} {before.get(name)!r}, this one {now.get(name)!r}; choose "
+                    f"the run in this folder has {name} {then.get(name)!r}, this one {now.get(name)!r}; choose "
                     "another --output, or the same settings to go on"
                 )
 
@@ -184,3 +206,22 @@ def best_networks(setup: Setup, state: TrainState) -> dict[str, Any]:
 
 def _optimizer_settings(config: TrainConfig, player: str):
     return config.options.critic if player == "critic" else config.optimizer
+
+
+def _bound(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that may not change, those of the stage among them."""
+    return {
+        name: _bound(value) if isinstance(value, Mapping) else value
+        for name, value in settings.items()
+        if name not in FREE
+    }
+
+
+def _kept(checkpoints: Checkpoints) -> str:
+    newest = checkpoints.latest
+    return "there is no checkpoint yet" if newest is None else f"the last good checkpoint is that of step {newest}"
+
+
+def _write_config(config: TrainConfig, path: Path) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -53,6 +53,7 @@ def prepare(config: TrainConfig) -> Setup:
     """
     folder = Path(config.init)
     model = load_checkpoint_config(folder)
+    _check_sample(config, model)
     stage, tokenizer = _stage(config, model, folder), _tokenizer(folder, model)
     source, transforms = _open_data(config, model, tokenizer)
     params = {stage.players[0]: {name: load_network(folder, name, "float32") for name in _learning_networks(config)}}
@@ -67,6 +68,15 @@ def prepare(config: TrainConfig) -> Setup:
 def _tokenizer(folder: Path, model: ModelConfig) -> Tokenizer | None:
     path = folder / TOKENIZER
     return Tokenizer.load(path, model.transformer.text_len) if path.is_dir() else None
+
+
+def _check_sample(config: TrainConfig, model: ModelConfig) -> None:
+    """Check the length of sample videos now: it would stop the run when the first is made."""
+    sample, chunk = config.sample, model.chunk_frames
+    if sample is not None and config.stage in ("causal", "ode", "self_forcing") and sample.latent_frames % chunk:
+        raise UserError(
+            f"sample.latent_frames is {sample.latent_frames}; stage {config.stage} makes videos in chunks of {chunk}"
+        )
 
 
 def _open_data(

@@ -1,14 +1,17 @@
 """Looking at a run's numbers without waiting for the device at every step, and stopping it when they go wrong."""
 
 import math
+from collections import deque
 
 import jax
 
 from rfjax.errors import UserError
 from rfjax.training.stage import Metrics
 
+WINDOW = 20
+"""Steps over which the mean of a loss is watched."""
 DIVERGED = 50.0
-"""A loss whose mean between two looks exceeds the lowest such mean so many times has diverged."""
+"""A loss whose mean exceeds the lowest such mean so many times has diverged."""
 
 
 class DivergedError(UserError):
@@ -20,6 +23,7 @@ class Watch:
 
     def __init__(self):
         self._pending: list[tuple[int, Metrics]] = []
+        self._recent: dict[str, deque[float]] = {}
         self._lowest: dict[str, float] = {}
 
     def add(self, step: int, metrics: Metrics) -> None:
@@ -39,15 +43,17 @@ class Watch:
                 if not math.isfinite(value):
                     raise DivergedError(f"{name} of step {step} is {value}")
                 means.setdefault(name, []).append(float(value))
+                if name.endswith("/loss"):
+                    self._check_growth(name, float(value))
         self._pending.clear()
-        result = {name: sum(values) / len(values) for name, values in means.items()}
-        for name, value in result.items():
-            self._check_growth(name, value)
-        return result
+        return {name: sum(values) / len(values) for name, values in means.items()}
 
     def _check_growth(self, name: str, value: float) -> None:
-        if not name.endswith("/loss"):
+        recent = self._recent.setdefault(name, deque(maxlen=WINDOW))
+        recent.append(value)
+        if len(recent) < WINDOW:
             return
-        lowest = self._lowest[name] = min(value, self._lowest.get(name, value))
-        if value > DIVERGED * lowest > 0:
-            raise DivergedError(f"{name} has grown to {value:.4g} from {lowest:.4g}")
+        mean = sum(recent) / WINDOW
+        lowest = self._lowest[name] = min(mean, self._lowest.get(name, mean))
+        if mean > DIVERGED * lowest > 0:
+            raise DivergedError(f"{name} has grown to {mean:.4g} from {lowest:.4g}, as means of {WINDOW} steps")

@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +9,20 @@ from rich.console import Console
 from toy_runs import EXAMPLES, line_setup, run_config, self_forcing_setup, teacher_setup
 
 from rfjax.errors import UserError
-from rfjax.training.config import CheckpointConfig, EMAConfig, MeshConfig, OptimizerConfig
+from rfjax.io.run_checkpoints import Checkpoints
+from rfjax.training import loop
+from rfjax.training.config import CheckpointConfig, EMAConfig, MeshConfig, OptimizerConfig, SelfForcingOptions
 from rfjax.training.loop import best_networks, mesh_of, train
 
 SETUPS = {"teacher": teacher_setup, "muon": teacher_setup, "self_forcing": self_forcing_setup}
 CONFIGS = {
-    "teacher": run_config("teacher", ema=EMAConfig(decay=0.5)),
-    "muon": run_config("teacher", optimizer=OptimizerConfig(name="muon", learning_rate=1e-2)),
-    "self_forcing": run_config("self_forcing", ema=EMAConfig(decay=0.5, from_step=2)),
+    "teacher": run_config("teacher", ema=EMAConfig(decay=0.5), checkpoint=CheckpointConfig(keep=3)),
+    "muon": run_config(
+        "teacher", optimizer=OptimizerConfig(name="muon", learning_rate=1e-2), checkpoint=CheckpointConfig(keep=3)
+    ),
+    "self_forcing": run_config(
+        "self_forcing", ema=EMAConfig(decay=0.5, from_step=2), checkpoint=CheckpointConfig(keep=3)
+    ),
 }
 
 
@@ -40,12 +47,17 @@ def test_a_run_that_was_stopped_twice_ends_with_the_same_bits(stage, tmp_path):
         part = learn(config, setup, tmp_path / "parts", stop_after)
     assert int(part.step) == 4
     assert_same_bits(whole, learn(config, setup, tmp_path / "parts"))
+    for newest in ("00000006", "00000004"):  # killed before they were complete: steps are done once more
+        shutil.rmtree(tmp_path / "parts" / "checkpoints" / newest)
+    assert_same_bits(whole, learn(config, setup, tmp_path / "parts"))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stage", ["teacher", pytest.param("self_forcing", marks=pytest.mark.slow)])
-def test_everybody_whose_turn_it_is_learns(stage, tmp_path):
-    config, setup = dataclasses.replace(CONFIGS[stage], steps=2), SETUPS[stage]()
+def test_everybody_whose_turn_it_is_learns(stage, dtype, tmp_path):
+    config, setup = dataclasses.replace(CONFIGS[stage], steps=2, dtype=dtype), SETUPS[stage]()
     state = learn(config, setup, tmp_path)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"float32"}
     for player, networks in setup.params.items():
         moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), networks, state.params[player])
         assert max(jax.tree.leaves(moved)) > 1e-4, player  # a critic's rate is 1e-4 by default
@@ -89,6 +101,46 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="the run in this folder has batch_size 4, this one 2"):
         learn(run_config("teacher", steps=2, batch_size=2), line_setup(), tmp_path)
     assert int(learn(run_config("teacher", steps=2), line_setup(), tmp_path).step) == 2
+
+
+def test_a_run_that_diverged_goes_on_with_another_learning_rate(tmp_path):
+    options = SelfForcingOptions(critic=OptimizerConfig(learning_rate=1e-5))
+    config = run_config("self_forcing", self_forcing=SelfForcingOptions())
+    gentler = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=1e-6), self_forcing=options)
+    before, after = config.to_dict(), gentler.to_dict()
+    assert before != after
+    assert loop._bound(before) == loop._bound(after)
+    assert loop._bound(before) != loop._bound(dataclasses.replace(config, seed=1).to_dict())
+    learn(run_config("teacher", steps=1), line_setup(), tmp_path)
+    slower = run_config("teacher", steps=2, optimizer=OptimizerConfig(learning_rate=1e-9))
+    then, now = learn(run_config("teacher", steps=1), line_setup(), tmp_path), learn(slower, line_setup(), tmp_path)
+    assert int(now.step) == 2
+    np.testing.assert_allclose(*(state.params["model"]["line"]["slope"] for state in (then, now)), rtol=1e-6)
+
+
+def test_a_refused_run_leaves_the_configuration_of_the_first(tmp_path):
+    learn(run_config("teacher", steps=1), line_setup(), tmp_path)
+    written = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(UserError, match="batch_size"):
+        learn(run_config("teacher", batch_size=2), line_setup(), tmp_path)
+    assert (tmp_path / "config.yaml").read_bytes() == written
+
+
+def test_what_could_not_be_saved_is_not_called_saved(tmp_path, monkeypatch):
+    config = run_config("teacher", checkpoint=CheckpointConfig(every=1))
+    learn(dataclasses.replace(config, steps=1), line_setup(), tmp_path)
+    monkeypatch.setattr(Checkpoints, "wait", lambda checkpoints: False)
+    with pytest.raises(UserError, match=r"stopped after step 2, which could not be saved; .* that of step 1"):
+        learn(config, line_setup(), tmp_path, stop_after=1)
+
+
+def test_a_run_does_not_begin_anew_beside_damaged_checkpoints(tmp_path, capsys):
+    config = run_config("teacher", steps=1)
+    learn(config, line_setup(), tmp_path)
+    (tmp_path / "checkpoints" / "00000001" / "record" / "metadata").write_text("{")
+    for said in ("no checkpoint that can be restored", r"only 00000001\.damaged; .* or remove it to begin anew"):
+        with pytest.raises(UserError, match=said):
+            learn(config, line_setup(), tmp_path)
 
 
 def test_devices_that_do_not_divide_are_refused_before_anything_is_written(tmp_path):
