@@ -20,8 +20,8 @@ EXTRA=buckets
 . "$(dirname "$0")/tpu_slice.sh"
 
 # Each host is a TPU of its own (its four chips share its videos); the processes only agree on who makes what.
-job="--checkpoint $BUCKET/checkpoints/self-forcing --prompt-file $BUCKET/data/prompts.jsonl --output $BUCKET/videos --checkpoint-every 20"
-flags=$(printf ' %q' "$@")
+job="--checkpoint $BUCKET/checkpoints/self-forcing --prompt-file $BUCKET/data/prompts.jsonl --output $BUCKET/videos --checkpoint-every 20 --processes-timeout 1800"
+flags=${*:+$(printf ' %q' "$@")}
 on_every_host "TPU_PROCESS_BOUNDS=1,1,1 TPU_CHIPS_PER_PROCESS_BOUNDS=2,2,1 JAX_COMPILATION_CACHE_DIR=$BUCKET/compiled \
   ~/venv/bin/rfjax generate --processes auto $job $flags"
 

@@ -20,6 +20,7 @@ from tiny_data import make_tiny_checkpoint
 from rfjax import cli
 from rfjax.commands import production
 from rfjax.io.manifest import read_jobs
+from rfjax.io.ownership import owning
 from rfjax.io.run_checkpoints import Checkpoints
 from rfjax.io.video import read_video
 from rfjax.sampling.batch import Batch, Dispatched
@@ -136,6 +137,18 @@ def stopped(generate, monkeypatch, step=4) -> None:
         assert generate("--checkpoint-every", "1")[0] == 130
 
 
+def test_states_that_come_while_others_are_written_are_kept(generate, tmp_path, monkeypatch):
+    steps, save = [], Checkpoints.save
+
+    def noted(checkpoints, step, *args):
+        steps.append(step)
+        return save(checkpoints, step, *args)
+
+    monkeypatch.setattr(Checkpoints, "save", noted)
+    assert generate("--checkpoint-every", "1")[0] == 0
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_damaged_state_gives_way_to_the_one_before(generate, expected, tmp_path, monkeypatch):
     stopped(generate, monkeypatch)
     states = sorted((tmp_path / "o/.rfjax/process-0/state").iterdir())
@@ -217,6 +230,58 @@ def test_a_video_complete_but_for_its_record_is_made_again(generate, expected, t
     (folder / "jobs.json").write_text(json.dumps(jobs))
     assert generate()[0] == 0
     check_complete(folder, expected)
+
+
+def leave_reports_behind(folder: Path, state: str) -> None:
+    """As if another process had reported of the videos and died, and the first had not heard of it."""
+    own = folder / ".rfjax/process-1"
+    own.mkdir(parents=True)
+    (own / "metadata.json").write_text((folder / "metadata.json").read_text())
+    jobs = json.loads((folder / "jobs.json").read_text())
+    jobs["jobs"] = [{**job, "state": state} for job in jobs["jobs"]]
+    (own / "jobs.json").write_text(json.dumps(jobs))
+
+
+def test_what_is_complete_is_recorded_though_the_process_that_made_it_died(generate, expected, tmp_path):
+    assert generate()[0] == 0
+    folder = tmp_path / "o"
+    leave_reports_behind(folder, "done")
+    (folder / "metadata.json").unlink()
+    jobs = (folder / "jobs.json").read_text()
+    (folder / "jobs.json").write_text(jobs.replace('"done"', '"pending"'))
+    code, out, _ = generate()
+    assert code == 0
+    assert "5 of 5 videos are in" in out[-1]
+    check_complete(folder, expected)
+
+
+@pytest.mark.slow
+def test_what_a_process_that_died_reported_replaces_nothing_newer(generate, tmp_path):
+    assert generate()[0] == 0
+    leave_reports_behind(tmp_path / "o", "running")
+    assert generate("--overwrite", "--seed", "5")[0] == 0
+    records = json.loads((tmp_path / "o/metadata.json").read_text())["videos"]
+    assert {record["settings"]["seed"] for record in records} == {5}
+    assert {entry["state"] for entry in read_jobs(tmp_path / "o").values()} == {"done"}
+
+
+def test_videos_of_other_settings_are_seen_in_reports_too(generate, tmp_path):
+    assert generate()[0] == 0
+    leave_reports_behind(tmp_path / "o", "done")
+    (tmp_path / "o/metadata.json").unlink()
+    code, _, err = generate("--seed", "5")
+    assert code == 2
+    assert "made with seed 0, this run has 5" in err[0]
+
+
+def test_a_folder_in_which_another_run_s_process_works_is_refused(generate, tmp_path):
+    own = tmp_path / "o/.rfjax/process-3"
+    own.mkdir(parents=True)
+    with owning(own):
+        code, _, err = generate()
+    assert code == 2
+    assert f"in use by process {os.getpid()}" in err[0]
+    assert not videos(tmp_path / "o")
 
 
 def fail_once_at(monkeypatch, place: int, step: int) -> None:

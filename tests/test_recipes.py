@@ -34,6 +34,13 @@ def test_flags_are_those_of_generate(name):
     assert (args.processes, args.checkpoint_every, args.prompt_file.suffix) == (None, 20, ".jsonl")
 
 
+@pytest.mark.parametrize("flags", [[], ["--policy", "relax_forcing"], ["--prompt", "a fox in the snow"]])
+def test_hosts_of_a_pod_get_the_flags_as_they_are(flags):
+    (line,) = re.findall(r"^flags=.*$", (SCRIPTS / "generate_tpu_pod.sh").read_text(), re.MULTILINE)
+    command = ["bash", "-uc", f"{line}; eval \"printf '%s\\n' x $flags\"", "script", *flags]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")[1:-1] == flags
+
+
 def test_pods_of_kubernetes_are_the_processes_of_the_job():
     service, job = yaml.safe_load_all((SCRIPTS / "generate_kubernetes.yaml").read_text())
     spec = job["spec"]

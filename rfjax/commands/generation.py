@@ -7,7 +7,7 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 from jaxtyping import Array
@@ -28,7 +28,7 @@ from rfjax.io.manifest import JOBS, Manifest
 from rfjax.io.mirrors import Destination, destination
 from rfjax.io.ownership import owning
 from rfjax.io.prompts import Request
-from rfjax.io.reports import merge, remove_working_folders, report_folder
+from rfjax.io.reports import check_alone, merge, remove_working_folders, report_folder
 from rfjax.models.model import Model
 from rfjax.models.tokenizer import Tokenizer
 from rfjax.parallel.processes import ALONE, Processes, RollCall, detect
@@ -49,16 +49,40 @@ def generate(args: argparse.Namespace, requests: list[Request], schedule: list[S
     roll_call = RollCall(processes, args.processes_timeout)
     try:
         with contextlib.ExitStack() as stack:
-            place = stack.enter_context(destination(args.output, processes.index))
+            place = stack.enter_context(destination(args.output, processes.index, processes.count))
             plan, budget, limit = prepare(args, requests, schedule, console, place, processes)
+            stack.enter_context(_alone(plan))
+            if processes.index == 0:
+                merge(plan.output)  # what processes that died left behind
+                place.sync()
             opened = stack.pop_all()
-    except UserError as error:
+    except Exception as error:
         roll_call.withdraw(str(error))
         raise
     # All have looked at the folder before anyone writes, so that all divide the same videos.
     with opened, roll_call as together, out_of_memory_says(needs(budget, limit)):
-        if plan.missing or (processes.index == 0 and plan.elsewhere):
-            _make(args, plan, budget, console, together, place)
+        _make(args, plan, budget, console, together, place)
+
+
+@contextlib.contextmanager
+def _alone(plan: Plan) -> Iterator[None]:
+    """Keep the folder for this process, or its part of the folder; if nothing is made there, none is left behind.
+
+    Raises:
+        UserError: another run works in the folder, or it cannot be made.
+    """
+    own = report_folder(plan.output, plan.processes.index)
+    new = not own.exists()
+    outputs.make_folder(own)
+    try:
+        with owning(own):
+            if plan.processes.index == 0:
+                check_alone(plan.output, plan.processes.count)
+            yield
+    finally:
+        if new:
+            with contextlib.suppress(OSError):
+                own.rmdir()
 
 
 def _make(
@@ -66,22 +90,20 @@ def _make(
 ) -> None:
     """Make this process's videos, and, in process 0, collect what the others report."""
     first, failure = plan.processes.index == 0, ""
-    model = _load(plan) if plan.missing else None
-    own = report_folder(plan.output, plan.processes.index)
-    outputs.make_folder(own)
-    with owning(own):
-        try:
-            if model is not None:
-                _make_share(args, plan, budget, model, console)
-        except UserError as error:
-            if not first:
-                raise
-            failure = str(error)
-        finally:
-            if not first:
-                place.sync()  # before process 0 hears of the end
-        if first:
-            _collect(plan, together, failure, place)
+    try:
+        if plan.missing:
+            _make_share(args, plan, budget, _load(plan), console)
+        elif first:
+            Manifest(plan.output, _entries(plan))
+    except UserError as error:
+        if not first:
+            raise
+        failure = str(error)
+    finally:
+        if not first:
+            place.sync()  # before process 0 hears of the end
+    if first:
+        _collect(plan, together, failure, place)
 
 
 def who(args: argparse.Namespace) -> Processes:

@@ -20,7 +20,7 @@ from rfjax.commands.plan import Plan
 from rfjax.errors import UserError
 from rfjax.io.checkpoints import DamagedCheckpointError
 from rfjax.io.outputs import differing
-from rfjax.io.reels import Reel
+from rfjax.io.reels import DamagedReelError, Reel
 from rfjax.io.reports import working_folder
 from rfjax.io.run_checkpoints import Checkpoints
 from rfjax.memory import Trace
@@ -29,6 +29,8 @@ from rfjax.sampling.jobs import Job
 from rfjax.sampling.pipeline import VideoChunk
 from rfjax.sampling.rolling_batch import RollingBatch
 
+_OF_STATE = {"places", "latent_frames"}
+"""Settings of a state that are not the run's."""
 _KEPT = 2
 """States that stay: if the newest is damaged, there is the one before."""
 
@@ -102,6 +104,7 @@ class Keeper:
     def save(self, state: BatchState, places: Sequence[KeptPlace | None], latent_frames: int) -> None:
         """Begin to keep a state; it may be donated right after. If it cannot be written, a warning says so."""
         assert self._checkpoints is not None
+        self._checkpoints.wait()  # until then the newest is not the last
         settings = _settings(self._plan) | {"places": len(places), "latent_frames": latent_frames}
         position = [None if place is None else dataclasses.asdict(place) for place in places]
         self._checkpoints.save((self._checkpoints.latest or 0) + 1, state, position, settings)
@@ -138,17 +141,21 @@ def as_kept(plan: Plan) -> Plan:
     folder = _states(plan)
     if not folder.exists():
         return plan
-    checkpoints = Checkpoints(folder, _KEPT)
-    if checkpoints.latest is None:
+    settings = _newest(Checkpoints(folder, _KEPT))
+    if settings is None:
         return plan
-    try:
-        settings = checkpoints.settings(checkpoints.latest)
-    except DamagedCheckpointError:
-        return plan  # `Keeper.restore` says so and looks at the one before
     _check_same(plan, settings)
     places = settings["places"]
     devices = next(count for count in range(plan.devices, 0, -1) if places % count == 0)
     return dataclasses.replace(plan, places=places, mesh=dataclasses.replace(plan.mesh, data=devices))
+
+
+def _newest(checkpoints: Checkpoints) -> dict[str, Any] | None:
+    """Return the settings of the newest state whose record can be read; `Keeper.restore` speaks of the others."""
+    for step in reversed(checkpoints.steps):
+        with contextlib.suppress(DamagedCheckpointError):
+            return checkpoints.settings(step)
+    return None
 
 
 def discard(plan: Plan) -> None:
@@ -164,11 +171,18 @@ def to_reel(frames: np.ndarray, trace: Trace, seconds: float) -> dict[str, np.nd
 
 
 def from_reel(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, VideoChunk]:
-    """Return the frames of a chunk from a reel, and the chunk without them."""
+    """Return the frames of a chunk from a reel, and the chunk without them.
+
+    Raises:
+        DamagedReelError: it lacks something.
+    """
     parts: dict[str, Any] = {
         name.removeprefix("trace."): jnp.asarray(array) for name, array in arrays.items() if name.startswith("trace.")
     }
-    return arrays["frames"], without_pixels(arrays["frames"], Trace(**parts), float(arrays["seconds"]))
+    try:
+        return arrays["frames"], without_pixels(arrays["frames"], Trace(**parts), float(arrays["seconds"]))
+    except (KeyError, TypeError) as error:
+        raise DamagedReelError(f"a finished chunk lacks a part ({error})") from None
 
 
 def without_pixels(frames: np.ndarray, trace: Trace, seconds: float) -> VideoChunk:
@@ -191,13 +205,13 @@ def _settings(plan: Plan) -> dict[str, Any]:
 
 def _check_same(plan: Plan, stored: dict[str, Any]) -> None:
     wanted = json.loads(json.dumps(_settings(plan)))
-    for name, here in wanted.items():
-        if stored.get(name) != here:
+    for name in (*wanted, *(stored.keys() - _OF_STATE)):
+        there, here = stored.get(name), wanted.get(name)
+        if there != here:
             raise UserError(
-                f"{plan.output} keeps the state of {differing(name, stored.get(name), here)}; choose another "
-                "--output, or --overwrite to begin anew"
+                f"{plan.output} keeps the state of {differing(name, there, here)}; choose another --output, or "
+                "--overwrite to begin anew"
             )
-
     frames, longest = plan.settings["latent_frames"], stored["latent_frames"]
     if frames > longest:
         raise UserError(

@@ -212,15 +212,15 @@ def _missing(args: argparse.Namespace, asked: list[Job], settings: dict[str, Any
         UserError: the folder cannot be written, or holds videos of other settings.
     """
     outputs.check_writable(args.output)
-    recorded = all_records(args.output).keys()
+    recorded = all_records(args.output)
     if args.overwrite:
         return asked, []
-    outputs.check_settings(args.output, settings, {job.video: job.latent_frames for job in asked})
+    outputs.check_settings(args.output, recorded, settings, {job.video: job.latent_frames for job in asked})
     # Between a video's last byte and its record lies a moment in which a run may be killed.
-    begun = {file for file, entry in read_jobs(args.output).items() if entry["state"] != "done"} - recorded
+    begun = {file for file, entry in read_jobs(args.output).items() if entry["state"] != "done"} - recorded.keys()
     missing = [job for job in asked if job.video in begun or kind_of(args.output / job.video, "the video") == "missing"]
     kept = {job.video for job in asked} - {job.video for job in missing}
-    return missing, sorted(kept - recorded)
+    return missing, sorted(kept - recorded.keys())
 
 
 def _lengths(

@@ -234,7 +234,9 @@ class _Production:
             self._seats[place] = seat
             occupants[place] = self._run.occupant(kept.job)
             self._run.manifest.running(kept.job.video, kept.chunk)
-        chunks = [0 if kept is None else kept.chunk for kept in self._kept.places]
+        # An empty place is at the chunk of the others, which may all have begun together.
+        some = next((kept.chunk for kept in self._kept.places if kept is not None), 0)
+        chunks = [some if kept is None else kept.chunk for kept in self._kept.places]
         assert isinstance(self._batch, Batch)
         self._batch.restore(occupants, chunks, self._kept.state)
         if self._seats:

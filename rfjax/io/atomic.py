@@ -31,6 +31,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield temporary
         to_disk(temporary)
         temporary.replace(path)
+        to_disk(path.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
@@ -51,7 +52,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def to_disk(path: Path) -> None:
-    """Wait until a file's content would survive a loss of power."""
+    """Wait until a file's content, or a folder's names, would survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

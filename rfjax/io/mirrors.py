@@ -7,6 +7,7 @@ away, what the folder was a moment before.
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import shutil
 import sys
@@ -14,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +28,7 @@ from rfjax.io.reports import WORKING, working_folder
 PUSH_SECONDS = 5.0
 TRIES, RETRY_SECONDS = 5, 10.0
 """Of the last copy."""
+_OWNER = ".rfjax-owner-{}.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Destination:
 
 
 @contextlib.contextmanager
-def destination(place: str | Path, process: int = 0, *, writing: bool = True) -> Iterator[Destination]:
+def destination(place: str | Path, process: int = 0, count: int = 1, *, writing: bool = True) -> Iterator[Destination]:
     """Yield a folder as it is, and for an address a folder whose files are copied there until the block ends.
 
     Of what lies at the address, the process's own state and all records are there from the start; other files are
@@ -50,6 +53,7 @@ def destination(place: str | Path, process: int = 0, *, writing: bool = True) ->
     Args:
         place: path or address.
         process: number of this process, of those that share the address.
+        count: of those processes; the first looks whether there are others.
         writing: whether files are copied to the address; nobody else may then have it.
 
     Raises:
@@ -59,7 +63,7 @@ def destination(place: str | Path, process: int = 0, *, writing: bool = True) ->
     if isinstance(place, Path):
         yield Destination(place, str(place))
         return
-    mirror = _Mirror(place.rstrip("/"), process)
+    mirror = _Mirror(place.rstrip("/"), process, count)
     try:
         with mirror.copying() if writing else contextlib.nullcontext():
             mirror.pull()
@@ -89,16 +93,19 @@ class _Written(NamedTuple):
     name: str
     content: bytes | None
     """Of a record, which may be replaced while it waits for its turn."""
+    path: Path
+    """Where its content is otherwise."""
 
 
 class _Mirror:
     """The files of a folder, at an address."""
 
-    def __init__(self, address: str, process: int):
+    def __init__(self, address: str, process: int, count: int = 1):
         with spoken_of(address, "use"):
             self._files, self._root = open_address(address)
         self.address = address
-        self.folder = Path(tempfile.mkdtemp(prefix="rfjax-output-"))
+        self._name = f"rfjax-{hashlib.sha256(f'{address} {process}'.encode()).hexdigest()[:12]}-"
+        self.folder = Path(tempfile.mkdtemp(prefix=self._name))
         self.copied = True
         """Whether the address has all of the folder."""
         self._own = f"{working_folder(Path(), process)}/"
@@ -106,7 +113,10 @@ class _Mirror:
         """Files that the address has, with the stamps of those here."""
         self._alone = threading.Lock()
         self._warned = ""
-        self._owner = AddressOwner(self._files, f"{self._root}/.rfjax-owner-{process}.json", address)
+        self._owner = self._owner_by(_OWNER.format(process))
+        self._first = process == 0
+        self._together = {_OWNER.format(index) for index in range(count)}
+        """Files of the owners that share the address."""
 
     def pull(self) -> None:
         """Fetch what lies at the address: the process's own state, and all records; other files stay empty."""
@@ -132,9 +142,9 @@ class _Mirror:
         with self._alone, spoken_of(self.address, "write to"):
             # Nothing else: one who tidies up this machine must not take videos away.
             gone = [name for name in self._there if _is_working(name) and not (self.folder / name).exists()]
-            written, complete = self._written(everything)
-            for file in written:
-                self._copy(file)
+            with self._held(everything) as (written, complete):
+                for file in written:
+                    self._copy(file)
             if complete:  # what was removed may be named in an older record
                 for name in gone:
                     with contextlib.suppress(FileNotFoundError):
@@ -148,7 +158,10 @@ class _Mirror:
         Raises:
             UserError: another process has it, or takes it; or it cannot be written.
         """
+        if self._first:
+            self._wait_for_strangers()
         with self._owner.owning():
+            self._forget_the_dead()
             try:
                 with meanwhile(self._push_or_warn, PUSH_SECONDS):
                     yield
@@ -173,8 +186,27 @@ class _Mirror:
                 return
             except UserError as error:
                 if not tries_left or self._owner.lost:
-                    raise _NotCopiedError(f"{error}; what it lacks is in {self.folder}") from None
+                    left = self.folder.rename(self.folder.with_name(f"rfjax-left-{self.folder.name}"))
+                    raise _NotCopiedError(f"{error}; what it lacks is in {left}") from None
             time.sleep(RETRY_SECONDS)
+
+    def _owner_by(self, name: str) -> AddressOwner:
+        return AddressOwner(self._files, f"{self._root}/{name}", self.address)
+
+    def _wait_for_strangers(self) -> None:
+        """Wait until no process of another job gives a sign of life."""
+        with spoken_of(self.address, "read"):
+            for file in files_at(self._files, self._root):
+                if fnmatch(file.name, _OWNER.format("*")) and file.name not in self._together:
+                    self._owner_by(file.name).wait_for_silence()
+                    with contextlib.suppress(FileNotFoundError):
+                        self._files.rm_file(file.path)
+
+    def _forget_the_dead(self) -> None:
+        """Remove the folders of this machine in which earlier owners worked that were killed."""
+        for folder in self.folder.parent.glob(f"{self._name}*"):
+            if folder != self.folder:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _fetch(self, file: File, whole: bool) -> None:
         target = self.folder / file.name
@@ -184,6 +216,25 @@ class _Mirror:
         else:
             target.touch()
         self._there[file.name] = _stamp(target)
+
+    @contextlib.contextmanager
+    def _held(self, everything: bool) -> Iterator[tuple[list[_Written], bool]]:
+        """Yield what `_written` finds, each file under a second name too: a state may be removed while it is copied."""
+        names = Path(tempfile.mkdtemp(prefix=".rfjax-", dir=self.folder))
+        try:
+            written, complete = self._written(everything)
+            held = []
+            for number, file in enumerate(written):
+                if file.content is None:
+                    try:
+                        os.link(self.folder / file.name, names / str(number))
+                    except FileNotFoundError:  # before it could be held
+                        complete = False
+                        continue
+                held.append(file._replace(path=names / str(number)))
+            yield held, complete
+        finally:
+            shutil.rmtree(names, ignore_errors=True)
 
     def _written(self, everything: bool) -> tuple[list[_Written], bool]:
         """Return the files that the address lacks in the order in which they were written, and whether these are all.
@@ -203,23 +254,18 @@ class _Mirror:
                 if not everything and (stamp.time >= now or stamp != _stamp(path)):
                     complete = False
                     continue
-                found.append(_Written(stamp, _is_record(name), name, content))
+                found.append(_Written(stamp, _is_record(name), name, content, path))
         return sorted(found), complete
 
     def _copy(self, file: _Written) -> None:
-        path, there = self.folder / file.name, f"{self._root}/{file.name}"
-        try:
-            if file.content is None:
-                self._files.put_file(str(path), there)
-            else:
-                self._files.pipe_file(there, file.content)
-        except FileNotFoundError:
-            if path.exists():
-                raise
-            return  # it was removed meanwhile
+        there = f"{self._root}/{file.name}"
+        if file.content is None:
+            self._files.put_file(str(file.path), there)
+        else:
+            self._files.pipe_file(there, file.content)
         if not file.is_record and not self._is_own(file.name):
-            os.truncate(path, 0)
-            self._there[file.name] = _stamp(path)
+            os.truncate(file.path, 0)
+            self._there[file.name] = _stamp(file.path)
         else:
             self._there[file.name] = file.stamp
 

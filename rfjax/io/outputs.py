@@ -64,11 +64,14 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def check_settings(folder: Path, settings: dict[str, Any], lengths: Mapping[str, int]) -> None:
+def check_settings(
+    folder: Path, records: Mapping[str, Record], settings: dict[str, Any], lengths: Mapping[str, int]
+) -> None:
     """Refuse to mix videos of different settings in one folder; their lengths may differ.
 
     Args:
         folder: with the videos.
+        records: of the videos.
         settings: of the run.
         lengths: latent frames of the videos that are asked for, by file name.
 
@@ -77,7 +80,7 @@ def check_settings(folder: Path, settings: dict[str, Any], lengths: Mapping[str,
             names the first setting that differs.
     """
     wanted = json.loads(json.dumps(settings))
-    for file, record in read_records(folder).items():
+    for file, record in records.items():
         own = wanted | {
             name: lengths.get(file, frames) for name, frames in record["settings"].items() if name == _LENGTH
         }

@@ -47,6 +47,17 @@ def owning(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def check_free(folder: Path) -> None:
+    """Refuse a folder that another process keeps for itself.
+
+    Raises:
+        UserError: one does; the message names its host and number.
+    """
+    if (folder / _LOCK).exists():
+        with owning(folder):
+            pass
+
+
 def _owner(path: Path) -> str:
     try:
         return path.read_text(errors="replace")[:200] or "another process"
@@ -78,7 +89,7 @@ class AddressOwner:
             UserError: another process has it, or it cannot be written.
         """
         with spoken_of(self._address, "write to"):
-            self._wait_for_silence()
+            self.wait_for_silence()
             self._beat()
             time.sleep(SETTLE_SECONDS)
             self._look()
@@ -110,7 +121,12 @@ class AddressOwner:
             else:
                 self._beat()
 
-    def _wait_for_silence(self) -> None:
+    def wait_for_silence(self) -> None:
+        """Wait until nobody gives a sign that the address is theirs.
+
+        Raises:
+            UserError: somebody does.
+        """
         found = self._read()
         if not found:
             return

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from rfjax.io import manifest, outputs
+from rfjax.io.ownership import check_free
 
 WORKING = ".rfjax"
 """Folder of what processes have for themselves."""
@@ -29,14 +30,17 @@ def all_records(output: Path) -> dict[str, outputs.Record]:
     Raises:
         UserError: a file cannot be read or was not written by rfjax.
     """
-    records = outputs.read_records(output)
-    for folder in _folders(output):
-        records |= outputs.read_records(folder)
+    reports = [outputs.read_records(folder) for folder in _folders(output)]
+    records = outputs.read_records(output)  # after the others, which may be merged into it at this moment
+    for report in reports:
+        records |= report
     return records
 
 
 def merge(output: Path) -> None:
-    """Add what all processes report to the folder's own files; for the process that owns the folder.
+    """Add what all processes report to the folder's own files, and remove their reports.
+
+    For the process that owns the folder, when no other works in it.
 
     Raises:
         UserError: a report cannot be read, or the folder's files cannot be written.
@@ -49,10 +53,22 @@ def merge(output: Path) -> None:
                 records.update(report)
     entries = [entry for folder in folders for entry in manifest.read_jobs(folder).values()]
     if entries:
-        manifest.Manifest(output, entries)
+        manifest.Manifest(output, entries).stop()
     for folder in folders:
         for name in (outputs.METADATA, manifest.JOBS):
             (folder / name).unlink(missing_ok=True)
+
+
+def check_alone(output: Path, count: int) -> None:
+    """Refuse a folder in which processes still work that are not among the first `count`.
+
+    Raises:
+        UserError: one does; the message names its host and number.
+    """
+    taking_part = {working_folder(output, index) for index in range(count)}
+    for folder in _folders(output):
+        if folder not in taking_part:
+            check_free(folder)
 
 
 def remove_working_folders(output: Path) -> None:

@@ -56,7 +56,7 @@ class Checkpoints:
     @property
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
-        return max(self._steps(), default=None)
+        return max(self.steps, default=None)
 
     def save(self, step: int, state: Any, position: Any, settings: dict[str, Any]) -> bool:
         """Start to save a checkpoint, once the one before is done; `state` may be donated right after.
@@ -72,7 +72,7 @@ class Checkpoints:
             line and leaves nothing behind, and the older ones stay.
         """
         self.wait()
-        if step in self._steps():
+        if step in self.steps:
             return True
         arrays = _by_path(state)
         record = {
@@ -103,7 +103,7 @@ class Checkpoints:
             return False
         if self._pending is not None:
             self._pending = None
-            self._on_disk(lambda: [_remove(self._path(step)) for step in self._steps()[: -self._keep]])
+            self._on_disk(lambda: [_remove(self._path(step)) for step in self.steps[: -self._keep]])
         return True
 
     def restore(self, step: int | None, like: Any) -> tuple[int, Any, Any]:
@@ -119,7 +119,7 @@ class Checkpoints:
         Raises:
             UserError: there is no checkpoint, all are damaged, or the state has other arrays, shapes or types.
         """
-        steps = self._steps()
+        steps = self.steps
         if step is not None and step not in steps:
             known = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
             raise UserError(f"{self._folder} has no checkpoint of step {step}; {known}")
@@ -173,7 +173,9 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return self._folder / f"{step:08d}"
 
-    def _steps(self) -> list[int]:
+    @property
+    def steps(self) -> list[int]:
+        """Steps of all complete checkpoints, the newest last."""
         return sorted(int(path.name) for path in self._folder.glob("*") if path.name.isdigit() and path.is_dir())
 
     def _failed(self, error: Exception) -> None:

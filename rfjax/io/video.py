@@ -79,6 +79,7 @@ class VideoWriter:
             self._container.close()
             to_disk(self._temporary)
             self._temporary.replace(self.path)
+            to_disk(self.path.parent)
 
     def abort(self) -> None:
         """Remove what was written; does nothing after `close()`."""

@@ -62,9 +62,10 @@ def detect(timeout: float) -> Processes:
 
 
 class RollCall:
-    """A context that begins when all processes are there and, on process 0, ends when all have ended.
+    """A context that begins when all processes are there and ends, for all of them alike, when all have ended.
 
-    A process that leaves it with an exception reports that; one that dies is noticed by its connection.
+    A process that leaves it with an exception reports that; one that dies is noticed by its connection. If one failed,
+    all do, so that whatever has started them starts all again.
     """
 
     def __init__(self, processes: Processes, timeout: float = 300.0):
@@ -75,9 +76,11 @@ class RollCall:
             timeout: seconds to wait for all.
         """
         self.processes = processes
-        self._deadline = time.monotonic() + timeout
         self._timeout = timeout
+        self._deadline = 0.0
         self._peers: dict[int, socket.socket] = {}
+        self._ends: dict[int, str] | None = None
+        """How the others ended, on process 0."""
 
     def __enter__(self) -> "RollCall":
         """Wait for all.
@@ -85,21 +88,33 @@ class RollCall:
         Raises:
             UserError: some did not arrive, or cannot take part; the message has their numbers.
         """
+        self._deadline = time.monotonic() + self._timeout
         if self.processes.count > 1:
             (self._connect if self.processes.index else self._gather)()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if self.processes.index:
+        """Tell the others how this process ended, and wait for them unless it failed.
+
+        Raises:
+            UserError: this process has done its part, but process 0 says that another has failed, or has died.
+        """
+        try:
+            if not self.processes.index and kind is None:
+                self.failures()
             word = _DONE if kind is None else " ".join(f"{error}".split()) or kind.__name__
-            with contextlib.suppress(OSError):  # process 0 may have ended before
-                self._peers[0].sendall(word.encode())
-        if self.processes.index or kind is not None:
+            for peer in self._peers.values():
+                with contextlib.suppress(OSError):  # it may have ended before
+                    peer.sendall(word.encode())
+                    peer.shutdown(socket.SHUT_WR)
+            if self.processes.index and kind is None and (verdict := _read_all(self._peers[0])) != _DONE:
+                raise UserError(verdict or "process 0 has died; this one has done its part")
+        finally:
             self._close()
 
     def withdraw(self, reason: str) -> None:
         """Say that this process cannot take part, so that nobody waits for it: to process 0, which tells the others."""
-        self._deadline = min(self._deadline, time.monotonic() + _WITHDRAW_SECONDS)
+        self._deadline = time.monotonic() + min(self._timeout, _WITHDRAW_SECONDS)
         reason = " ".join(reason.split())
         with contextlib.suppress(UserError, OSError):
             if self.processes.index:
@@ -110,9 +125,9 @@ class RollCall:
 
     def failures(self) -> dict[int, str]:
         """Wait, on process 0, for the others to end; return what went wrong by the number of the process."""
-        ends = {index: _read_all(peer) for index, peer in sorted(self._peers.items())}
-        self._close()
-        return {index: end or "it died" for index, end in ends.items() if end != _DONE}
+        if self._ends is None:
+            self._ends = {index: _read_all(peer) for index, peer in sorted(self._peers.items())}
+        return {index: end or "it died" for index, end in self._ends.items() if end != _DONE}
 
     def _gather(self) -> None:
         """Let the others connect, and tell each when all have."""
@@ -122,7 +137,7 @@ class RollCall:
                     peer = self._accept(listener)
                 except TimeoutError:
                     self._refuse(self._word(missing))
-                self._admit(peer, missing)
+                self._admit(peer)
         self._tell("go\n")
 
     def _send_away(self, word: str) -> None:
@@ -146,7 +161,7 @@ class RollCall:
         listener.settimeout(max(self._deadline - time.monotonic(), 0.001))
         return listener.accept()[0]
 
-    def _admit(self, peer: socket.socket, missing: list[int]) -> None:
+    def _admit(self, peer: socket.socket) -> None:
         peer.settimeout(5)
         try:
             number, total, *reason = peer.recv(4096).decode(errors="replace").split(maxsplit=2)
@@ -154,6 +169,9 @@ class RollCall:
         except (OSError, ValueError):  # a stranger
             peer.close()
             return
+        if index in self._peers and _has_ended(self._peers[index]):  # it was started again
+            self._peers.pop(index).close()
+        missing = self._missing()
         if count == self.processes.count and index in missing and reason:
             peer.close()
             self._refuse(f"process {index} cannot take part: {reason[0].strip()}")
@@ -195,6 +213,7 @@ class RollCall:
             peer.settimeout(max(self._deadline - time.monotonic(), 0) + _REPLY_SECONDS)
             word = peer.recv(10000).decode(errors="replace")
             peer.settimeout(None)
+            _notice_lost_hosts(peer)
         except OSError:
             word = ""
         if word != "go\n":
@@ -226,6 +245,16 @@ def _notice_lost_hosts(peer: socket.socket) -> None:
     for option, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
         if hasattr(socket, option):  # not on every system
             peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def _has_ended(peer: socket.socket) -> bool:
+    """Whether the process at the other end is gone; one that is there has nothing to say yet."""
+    try:
+        return not peer.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def _read_all(peer: socket.socket) -> str:

@@ -237,9 +237,10 @@ STEPS = st.lists(
 )
 
 
-@given(steps=STEPS, lost_at=st.integers(1, 12))
-@settings(max_examples=200, deadline=None)
-def test_whenever_the_machine_goes_away_a_job_can_go_on(steps, lost_at):
+@given(steps=STEPS, lost_at=st.integers(1, 12), busy=st.sets(st.integers(1, 12)))
+@settings(max_examples=300, deadline=None)
+def test_whenever_the_machine_goes_away_a_job_can_go_on(steps, lost_at, busy):
+    """Also while it goes on: `busy` are the remote operations during which several new states replace the old ones."""
     files = fsspec.filesystem("memory")
     files.store.clear()
     mirror = mirrors._Mirror(ADDRESS, 0)
@@ -255,14 +256,18 @@ def test_whenever_the_machine_goes_away_a_job_can_go_on(steps, lost_at):
             calls.append(name)
             if len(calls) == lost_at:
                 raise Lost
+            if len(calls) in busy:
+                for _ in range(3):
+                    job.keep("a")
             return getattr(files, name)
 
     mirror._files = Network()
     try:
         for step, video in steps:
             if step == "push":
+                complete = job.states
                 mirror.push(everything=True)
-                kept = max(kept, job.states)
+                kept = max(kept, complete)
             else:
                 getattr(job, step)(video)
     except Lost:
@@ -273,7 +278,41 @@ def test_whenever_the_machine_goes_away_a_job_can_go_on(steps, lost_at):
     assert all(remote[f"{video}.mp4"] == b"video" for video in done)
     states = [n for n in range(1, job.states + 1) if all(f".rfjax/process-0/state/{n}/{p}" in remote for p in STATE)]
     assert not kept or states  # what was there once gives way only to one that is complete
-    for state in states:
-        for video, chunks in json.loads(remote[f".rfjax/process-0/state/{state}/record"]).items():
-            chunk_files = {f".rfjax/process-0/reels/{video}/{chunk + 1}.npz" for chunk in range(chunks)}
-            assert f"{video}.mp4" in remote or chunk_files <= remote.keys()
+
+
+def test_a_state_is_copied_whole_though_it_is_removed_meanwhile(files, monkeypatch):
+    mirror = mirrors._Mirror(ADDRESS, 0)
+    job = Job(mirror.folder)
+    job.keep("a")
+    put = type(files).put_file
+
+    def slowly(self, *args, **kwargs):
+        for _ in range(3):
+            job.keep("a")
+        put(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(files), "put_file", slowly)
+    mirror.push(everything=True)
+    assert {name for name in there(files) if "state/1/" in name} == {f".rfjax/process-0/state/1/{p}" for p in STATE}
+
+
+def test_another_job_s_processes_are_waited_for(files, capsys):
+    files.pipe(ROOT + ".rfjax-owner-3.json", b'{"host": "h", "process": 7, "token": "t"}')
+    with destination(ADDRESS, process=0, count=4), destination(ADDRESS, process=1, count=2):
+        pass
+    assert capsys.readouterr().err == ""
+    with destination(ADDRESS, process=0, count=2):
+        pass
+    assert "memory://bucket/out has an owner, process 7 on h" in capsys.readouterr().err
+    assert not any("owner" in name for name in files.store)
+
+
+def test_folders_of_owners_that_were_killed_are_removed_and_those_that_are_needed_are_not(files, monkeypatch):
+    killed, other = (mirrors._Mirror(ADDRESS, process).folder for process in (0, 1))
+    with monkeypatch.context() as broken:
+        broken.setattr(type(files), "put_file", _raises)
+        said = refused(lambda folder: write(folder / "a.mp4", b"video"), "what it lacks is in /")
+    with destination(ADDRESS) as place:
+        assert (killed.exists(), other.exists(), place.folder.exists()) == (False, True, True)
+    assert (Path(said.rpartition(" ")[2]) / "a.mp4").read_bytes() == b"video"
+    shutil.rmtree(other)

@@ -77,29 +77,37 @@ def test_only_stale_temporary_files_are_removed(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {".rfjax-1.part", ".rfjax-2.part", "a cat-0.mp4"}
 
 
+def check(folder, settings, lengths):
+    outputs.check_settings(folder, outputs.read_records(folder), settings, lengths)
+
+
 def test_same_settings_pass_and_others_are_named(tmp_path):
     add(tmp_path, record("a.mp4"))
     (tmp_path / "a.mp4").touch()
-    outputs.check_settings(tmp_path, {"seed": 0, "policy": {"name": "a", "sizes": (1, 2)}}, {})
+    outputs.check_settings(
+        tmp_path, outputs.read_records(tmp_path), {"seed": 0, "policy": {"name": "a", "sizes": (1, 2)}}, {}
+    )
     with pytest.raises(UserError, match="made with seed 0, this run has 3; choose another --output, or --overwrite"):
-        outputs.check_settings(tmp_path, record("a.mp4", seed=3)["settings"], {})
+        check(tmp_path, record("a.mp4", seed=3)["settings"], {})
     with pytest.raises(UserError, match=r'made with policy \{"name": "a", .*\}, this run has \{"name": "b"\}'):
-        outputs.check_settings(tmp_path, record("a.mp4", policy={"name": "b"})["settings"], {})
+        outputs.check_settings(
+            tmp_path, outputs.read_records(tmp_path), record("a.mp4", policy={"name": "b"})["settings"], {}
+        )
 
 
 def test_videos_of_other_lengths_may_be_there_but_not_one_that_is_asked_for(tmp_path):
     add(tmp_path, record("a.mp4", latent_frames=21))
     (tmp_path / "a.mp4").touch()
     settings = record("b.mp4", latent_frames=42)["settings"]
-    outputs.check_settings(tmp_path, settings, {"b.mp4": 42})
-    outputs.check_settings(tmp_path, settings, {"a.mp4": 21, "b.mp4": 42})
+    check(tmp_path, settings, {"b.mp4": 42})
+    check(tmp_path, settings, {"a.mp4": 21, "b.mp4": 42})
     with pytest.raises(UserError, match="made with latent_frames 21, this run has 42"):
-        outputs.check_settings(tmp_path, settings, {"a.mp4": 42})
+        check(tmp_path, settings, {"a.mp4": 42})
 
 
 def test_record_of_a_deleted_video_does_not_bind(tmp_path):
     add(tmp_path, record("a.mp4"))
-    outputs.check_settings(tmp_path, record("a.mp4", seed=3)["settings"], {})
+    check(tmp_path, record("a.mp4", seed=3)["settings"], {})
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,48 @@ def test_a_failure_is_told_by_number():
     assert isinstance(ends[2], UserError)
 
 
+def test_all_fail_with_one():
+    """Whatever has started them starts all again then: they have to meet."""
+
+    def work(call):
+        if call.processes.index == 2:
+            raise UserError("the disk is full")
+        if call.processes.index == 0 and call.failures():
+            raise UserError("process 2: the disk is full")
+
+    assert [str(end) for end in together(3, work)] == [*["process 2: the disk is full"] * 2, "the disk is full"]
+
+
+def test_all_hear_that_the_first_has_died():
+    def work(call):
+        if call.processes.index == 0:
+            call._close()  # as the end of a process does
+            call._ends = {}
+
+    (_, end) = together(2, work)
+    assert "process 0 has died; this one has done its part" in str(end)
+
+
+def test_a_process_may_be_started_again_before_all_are_there():
+    where, ends = address(), []
+
+    def first():
+        with RollCall(Processes(where, 3, 0), 20.0) as call:
+            ends.append(call.failures())
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    host, port = where.split(":")
+    time.sleep(0.5)
+    with socket.create_connection((host, int(port))) as died:
+        died.sendall(b"1 3\n")
+        time.sleep(0.2)
+    with taking_part(where, 3, [1, 2]) as told:
+        pass
+    thread.join(20)
+    assert (ends, told) == ([{}], {})
+
+
 def test_who_never_arrives_is_named_to_all():
     ends = together(4, lambda call: None, present=[0, 2], timeout=1.0)
     for end in (ends[0], ends[2]):
