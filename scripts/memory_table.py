@@ -44,7 +44,7 @@ def main() -> None:
         for mesh in MESHES:
             if config.transformer.num_heads % mesh.tensor:
                 continue
-            each = [divide(budget, mesh) for budget in budgets]
+            each = [divide(budget, mesh, config.latent_width) for budget in budgets]
             sizes = " | ".join(f"{budget.total / GB:.1f}" for budget in each)
             print(f"| {_name(mesh)} | {each[0].weights / GB:.1f} | {sizes} |")
         print()

@@ -6,11 +6,11 @@ compiled is what the job asks for. Weights are not read.
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from rich.console import Console
 
 from rfjax.commands.generation import encode, encode_switches, prepare, who
@@ -95,4 +95,4 @@ def _chunks(plan: Plan) -> int:
 
 
 def _programs(folder: str) -> set[str]:
-    return {path.name for path in Path(folder).glob("jit_*-cache")}
+    return {path.name for path in epath.Path(folder).glob("jit_*-cache")}

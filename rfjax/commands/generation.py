@@ -146,16 +146,28 @@ def prepare(
     limit = device_limit(jax.local_devices()[0])
     args = argparse.Namespace(**{**vars(args), "output": place.folder})
     plan = on_mesh(make_plan(args, requests, schedule, processes), args.mesh, args.batch_size, limit)
-    plan = dataclasses.replace(plan, place=place.name)
+    plan, places = dataclasses.replace(plan, place=place.name), plan.places
     plan = plan if args.overwrite else as_kept(plan)
     budget = budget_of(plan)
     for line in _introduction(plan, budget, limit):
         console.print(line)
     if plan.missing:
-        check_fits(budget, limit)
+        _check_fits(plan, budget, limit, plan.places != places)
         prompts = [job.prompt for job in plan.missing] + [entry.prompt for entry in plan.schedule.values()]
         check_prompts(plan, prompts)
     return plan, budget, limit
+
+
+def _check_fits(plan: Plan, budget: Budget, limit: int | None, kept: bool) -> None:
+    try:
+        check_fits(budget, limit)
+    except UserError as error:
+        if not kept:
+            raise
+        raise UserError(
+            f"{plan.place} keeps the state of {plan.places} videos that are made together, which need as many devices "
+            f"or as much memory as before ({error}); --overwrite begins anew"
+        ) from None
 
 
 def _load(plan: Plan) -> Model:

@@ -52,7 +52,7 @@ def budget_of(plan: Plan) -> Budget:
         size = plan.video.latent_height, plan.video.latent_width
         attended = rolling.attended_frames(plan.config, plan.policy, size, plan.video.latent_frames)
         budget = dataclasses.replace(budget, attended_frames=attended)
-    return divide(budget, plan.mesh)
+    return divide(budget, plan.mesh, plan.video.latent_width)
 
 
 def mesh_of(plan: Plan) -> Mesh | None:

@@ -152,6 +152,8 @@ class RollCall:
     def _listen(self) -> socket.socket:
         port = int(self.processes.address.rpartition(":")[2])
         try:
+            if socket.has_dualstack_ipv6():
+                return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
             return socket.create_server(("", port))
         except OSError as error:
             raise UserError(f"process 0 cannot listen at port {port}: {error.strerror or error}") from None

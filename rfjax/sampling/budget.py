@@ -46,8 +46,15 @@ class Budget:
     """Weights of one layer of the transformer, among them."""
     memory: int
     """The policy's stored frames and the view of one chunk."""
-    working: int
-    """Activations and the decoder's caches, an estimate."""
+    denoising: int
+    """The transformer's activations, an estimate."""
+    decoding: int
+    """The decoder's activations and caches, an estimate."""
+
+    @property
+    def working(self) -> int:
+        """Activations and caches."""
+        return self.denoising + self.decoding
 
     @property
     def total(self) -> int:
@@ -80,21 +87,26 @@ def estimate(config: ModelConfig, policy: MemoryPolicy, video: VideoShape, dtype
         weights=parameters * itemsize,
         layer=_numbers(layers) // config.transformer.num_layers * itemsize,
         memory=memory.state_bytes + memory.view_bytes,
-        working=_denoising_bytes(config, video, memory.attended_frames, itemsize, pass_chunks)
-        + _decoding_bytes(config, video, dtype),
+        denoising=_denoising_bytes(config, video, memory.attended_frames, itemsize, pass_chunks),
+        decoding=_decoding_bytes(config, video, dtype),
     )
 
 
-def divide(budget: Budget, mesh: Sizes) -> Budget:
+def divide(budget: Budget, mesh: Sizes, latent_width: int) -> Budget:
     """Return about what each device needs where several divide a video.
 
     Weights are cut over `tensor`, and where they are fully sharded over `sequence` too; two layers are then gathered.
+    Decoding is divided where the columns of a latent frame are.
     """
     weights = budget.weights // mesh.tensor
     if mesh.fully_sharded:
         weights = weights // mesh.sequence + 2 * budget.layer // mesh.tensor
     return dataclasses.replace(
-        budget, weights=weights, memory=budget.memory // mesh.group, working=budget.working // mesh.group
+        budget,
+        weights=weights,
+        memory=budget.memory // mesh.group,
+        denoising=budget.denoising // mesh.group,
+        decoding=budget.decoding // (1 if latent_width % mesh.group else mesh.group),
     )
 
 

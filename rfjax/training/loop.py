@@ -131,8 +131,8 @@ class _Run:
                 for player in stage.turn(step):
                     state, numbers = self.updates[player](state, frozen, batch, step)
                     watch.add(step + 1, numbers)
-                jax.block_until_ready(before)  # the device is one step behind at most, so that a signal is soon obeyed
-                before = numbers
+                    jax.block_until_ready(before)  # one update waits at most, so that a signal is soon obeyed
+                    before = numbers
                 done, told = step + 1, stop()
                 ending = told or done == config.steps
                 if done % config.log_every == 0 or ending or done == first + 1:

@@ -6,7 +6,8 @@ import pytest
 from rfjax.config import ModelConfig, TextEncoderConfig, VAEConfig
 from rfjax.errors import UserError
 from rfjax.memory import create
-from rfjax.sampling.budget import GB, VideoShape, check_fits, estimate, host_limit, out_of_memory_says
+from rfjax.parallel.division import Sizes
+from rfjax.sampling.budget import GB, VideoShape, check_fits, divide, estimate, host_limit, out_of_memory_says
 
 WAN = ModelConfig(vae=VAEConfig(), umt5=TextEncoderConfig())
 MINUTE = VideoShape(batch=1, latent_frames=240, latent_height=60, latent_width=104)
@@ -35,6 +36,13 @@ def test_every_part_grows_with_the_batch_but_the_weights():
     assert four.weights == one.weights
     assert four.memory == pytest.approx(4 * one.memory, rel=1e-6)
     assert 3 * one.working < four.working < 4 * one.working
+
+
+@pytest.mark.parametrize(("sequence", "shares"), [(1, 1), (2, 2), (3, 1)])
+def test_decoding_is_divided_where_the_columns_are(sequence, shares):
+    budget = estimate(WAN, create("relax_forcing"), MINUTE, "bfloat16")
+    each = divide(budget, Sizes(1, sequence, 1), MINUTE.latent_width)
+    assert (each.denoising, each.decoding) == (budget.denoising // sequence, budget.decoding // shares)
 
 
 def test_what_does_not_fit_says_how_much_is_needed():
