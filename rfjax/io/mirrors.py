@@ -91,10 +91,9 @@ class _Written(NamedTuple):
     stamp: _Stamp
     is_record: bool
     name: str
-    content: bytes | None
-    """Of a record, which may be replaced while it waits for its turn."""
-    path: Path
-    """Where its content is otherwise."""
+    content: bytes | Path
+    """Of a record, which may be replaced while it waits for its turn; else a second name of the file, which may be
+    removed meanwhile."""
 
 
 class _Mirror:
@@ -142,7 +141,8 @@ class _Mirror:
         with self._alone, spoken_of(self.address, "write to"):
             # Nothing else: one who tidies up this machine must not take videos away.
             gone = [name for name in self._there if _is_working(name) and not (self.folder / name).exists()]
-            with self._held(everything) as (written, complete):
+            with tempfile.TemporaryDirectory(prefix=".rfjax-", dir=self.folder) as names:
+                written, complete = self._written(everything, Path(names))
                 for file in written:
                     self._copy(file)
             if complete:  # what was removed may be named in an older record
@@ -217,57 +217,43 @@ class _Mirror:
             target.touch()
         self._there[file.name] = _stamp(target)
 
-    @contextlib.contextmanager
-    def _held(self, everything: bool) -> Iterator[tuple[list[_Written], bool]]:
-        """Yield what `_written` finds, each file under a second name too: a state may be removed while it is copied."""
-        names = Path(tempfile.mkdtemp(prefix=".rfjax-", dir=self.folder))
-        try:
-            written, complete = self._written(everything)
-            held = []
-            for number, file in enumerate(written):
-                if file.content is None:
-                    try:
-                        os.link(self.folder / file.name, names / str(number))
-                    except FileNotFoundError:  # before it could be held
-                        complete = False
-                        continue
-                held.append(file._replace(path=names / str(number)))
-            yield held, complete
-        finally:
-            shutil.rmtree(names, ignore_errors=True)
-
-    def _written(self, everything: bool) -> tuple[list[_Written], bool]:
+    def _written(self, everything: bool, names: Path) -> tuple[list[_Written], bool]:
         """Return the files that the address lacks in the order in which they were written, and whether these are all.
 
-        Those written since this call began are left out: what came before them may not have been seen.
+        Those written since this call began are left out: what came before them may not have been seen. Files that are
+        no records get their second names in the folder `names`.
         """
         marker = self.folder / ".rfjax-mirror.part"
         marker.touch()
         now, found, complete = marker.stat().st_mtime_ns, [], True
-        for path in (Path(folder) / file for folder, _, files in os.walk(self.folder) for file in files):
+        paths = (Path(folder) / file for folder, _, files in os.walk(self.folder) for file in files)
+        for number, path in enumerate(paths):
             name = path.relative_to(self.folder).as_posix()
-            with contextlib.suppress(FileNotFoundError):  # it was removed meanwhile
+            if not _is_output(name):
+                continue
+            try:
                 stamp = _stamp(path)
-                if not _is_output(name) or self._there.get(name) == stamp:
+                if self._there.get(name) == stamp:
                     continue
-                content = path.read_bytes() if _is_record(name) else None
+                content = path.read_bytes() if _is_record(name) else _linked(path, names / str(number))
                 if not everything and (stamp.time >= now or stamp != _stamp(path)):
                     complete = False
                     continue
-                found.append(_Written(stamp, _is_record(name), name, content, path))
+                found.append(_Written(stamp, _is_record(name), name, content))
+            except FileNotFoundError:  # what has taken its place may not have been seen either
+                complete = False
         return sorted(found), complete
 
     def _copy(self, file: _Written) -> None:
         there = f"{self._root}/{file.name}"
-        if file.content is None:
-            self._files.put_file(str(file.path), there)
-        else:
+        if isinstance(file.content, bytes):
             self._files.pipe_file(there, file.content)
-        if not file.is_record and not self._is_own(file.name):
-            os.truncate(file.path, 0)
-            self._there[file.name] = _stamp(file.path)
-        else:
             self._there[file.name] = file.stamp
+            return
+        self._files.put_file(str(file.content), there)
+        if not self._is_own(file.name):
+            os.truncate(file.content, 0)
+        self._there[file.name] = file.stamp if self._is_own(file.name) else _stamp(file.content)
 
     def _is_own(self, name: str) -> bool:
         """Whether a file is of what this process keeps, to go on with."""
@@ -293,6 +279,12 @@ def _is_working(name: str) -> bool:
 def _is_record(name: str) -> bool:
     """Whether a file is one of those that are written again and again, and name others."""
     return name.endswith(".json")
+
+
+def _linked(path: Path, name: Path) -> Path:
+    """Give a file a second name, and return that."""
+    os.link(path, name)
+    return name
 
 
 def _stamp(path: Path) -> _Stamp:
