@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 import rfjax
-from rfjax.data.shapes import STAYING, Scene, caption, random_scene
+from rfjax.data.shapes import Scene, caption, staying_scenes
 from rfjax.errors import UserError
 from rfjax.evaluation.frames import opencv
 from rfjax.evaluation.shape_videos import shown
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     cv2 = opencv()
-    scenes = scenes_of(args.split, args.seed, args.prompts)
+    scenes = staying_scenes(np.random.default_rng((args.seed, 1)), args.split, args.prompts)
     frames = last_frames(args, scenes)
     told = [shown([read_frame(frame)], scene) for frame, scene in zip(frames, scenes, strict=True)]
     print("| captions of | clips | colours and kinds | colours | kinds | background |\n|---|---|---|---|---|---|")
@@ -52,14 +52,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"| {name} | {len(own)} | {shares} |")
     rows = [np.concatenate(list(frames[i : i + COLUMNS]), 1) for i in range(0, len(frames) - COLUMNS + 1, COLUMNS)]
     cv2.imwrite(str(args.output), cv2.cvtColor(np.concatenate(rows).repeat(2, 0).repeat(2, 1), cv2.COLOR_RGB2BGR))
-
-
-def scenes_of(split: str, seed: int, count: int) -> list[Scene]:
-    """Draw scenes whose things all stay in the picture."""
-    rng = np.random.default_rng((seed, 1))
-    scenes = (random_scene(rng, split) for _ in iter(int, 1))
-    staying = (scene for scene in scenes if all(shape.motion in STAYING for shape in scene.shapes))
-    return [next(staying) for _ in range(count)]
 
 
 def last_frames(args: argparse.Namespace, scenes: Sequence[Scene]) -> np.ndarray:

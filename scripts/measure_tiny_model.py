@@ -1,9 +1,10 @@
 """Measure by classical vision whether a model of moving shapes shows what it is asked for, policy by policy.
 
     python scripts/measure_tiny_model.py --checkpoint DIR --output DIR [--prompts 48] [--seconds 5 60]
-        [--policies relax_forcing self_forcing:window_frames=21 ...] [--batch 8] [--seed 0] [--quick]
+        [--policies relax_forcing self_forcing:window_frames=21 ...] [--split test] [--batch 8] [--seed 0] [--quick]
 
-The prompts are captions of scenes held out from training whose things all stay in the picture. Every video is made in
+The prompts are captions of scenes held out from training (or, with --split train, of new ones with things that training
+shows together) whose things all stay in the picture. Every video is made in
 the longest of the asked lengths; a length is measured in the 5 seconds before it. Two rows of reference come first: the
 scenes as they are drawn, and after a round trip through the checkpoint's autoencoder. The output folder gets
 `results.csv` (a row a video and length), `windows.csv` (a row for every 5 seconds of a video), `table.md`, and for each
@@ -26,7 +27,7 @@ from jaxtyping import UInt8
 
 import rfjax
 from rfjax.commands.plan import latent_frames
-from rfjax.data.shapes import FPS, STAYING, Scene, caption, random_scene, render
+from rfjax.data.shapes import FPS, Scene, caption, render, staying_scenes
 from rfjax.errors import UserError
 from rfjax.evaluation.frames import opencv
 from rfjax.evaluation.shape_videos import WINDOW_SECONDS, Window, measure_windows
@@ -100,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     policies = {text: parse_text(text) for text in args.policies}
     check_writable(args.output)
     opencv()
-    model, scenes = rfjax.load(args.checkpoint), held_out_scenes(args.seed, args.prompts)
+    model = rfjax.load(args.checkpoint)
+    scenes = staying_scenes(np.random.default_rng(args.seed), args.split, args.prompts)
     study = Study(model, scenes, tuple(sorted(set(args.seconds))), args.batch, args.seed, args.output)
     make_folder(args.output)
     makers: dict[str, Maker] = {
@@ -127,6 +129,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=48, help="how many; default: 48")
     parser.add_argument("--seconds", type=int, nargs="+", default=[5, 60], help="lengths; default: 5 60")
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), help=f"default: {' '.join(POLICIES)}")
+    parser.add_argument("--split", choices=("test", "train"), default="test", help="whose things; default: test")
     parser.add_argument("--batch", type=int, default=8, help="videos made together; default: 8")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts and the noise; default: 0")
     parser.add_argument("--workers", type=int, help="processes that measure; default: one a core")
@@ -144,16 +147,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         if seconds < 1 or seconds % WINDOW_SECONDS:
             raise UserError(f"--seconds is {seconds}; a multiple of {WINDOW_SECONDS} is needed, such as 5 or 60")
     return args
-
-
-def held_out_scenes(seed: int, count: int) -> list[Scene]:
-    """Draw scenes that training never shows, all of whose things stay in the picture."""
-    rng, scenes = np.random.default_rng(seed), []
-    while len(scenes) < count:
-        scene = random_scene(rng, "test")
-        if all(shape.motion in STAYING for shape in scene.shapes):
-            scenes.append(scene)
-    return scenes
 
 
 def drawn(study: Study, numbers: range) -> Videos:

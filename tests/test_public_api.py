@@ -7,6 +7,7 @@ import pytest
 from conftest import GOLDEN, golden
 
 import rfjax
+from rfjax.commands.plan import SHIPPED
 from rfjax.errors import UserError
 
 
@@ -79,3 +80,8 @@ def test_a_prompt_becomes_a_video(tmp_path):
     assert video.shape == (2, 21, 32, 48, 3)
     assert np.isfinite(video).all()
     assert np.abs(video).max() <= 1
+
+
+def test_the_model_inside_the_package_is_small():
+    files = [path for path in SHIPPED.rglob("*") if path.is_file()]
+    assert 6e6 < sum(path.stat().st_size for path in files) < 12e6

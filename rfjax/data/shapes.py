@@ -4,6 +4,7 @@ Lengths are in heights of the picture: x runs from 0 to the aspect ratio, y from
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import zlib
@@ -125,6 +126,13 @@ def random_scene(rng: np.random.Generator, split: str) -> Scene:
         scene = _any_scene(rng)
         if held_out(scene) == (split == "test"):
             return scene
+
+
+def staying_scenes(rng: np.random.Generator, split: str, count: int) -> list[Scene]:
+    """Draw scenes of a split all of whose things stay in the picture."""
+    scenes = (random_scene(rng, split) for _ in iter(int, 1))
+    staying = (scene for scene in scenes if all(shape.motion in STAYING for shape in scene.shapes))
+    return list(itertools.islice(staying, count))
 
 
 def _any_scene(rng: np.random.Generator) -> Scene:

@@ -24,6 +24,7 @@ from rfjax.data.shapes import (
     places,
     random_scene,
     render,
+    staying_scenes,
 )
 from rfjax.errors import UserError
 
@@ -225,3 +226,11 @@ def test_captions_say_what_is_there():
 def test_a_picture_higher_than_wide_is_refused():
     with pytest.raises(UserError, match=r"0\.5 times as wide as high; it needs 1 or more"):
         render(drawn(0), 1, 64, 32)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_staying_scenes_are_of_their_split_and_stay(split):
+    scenes = staying_scenes(np.random.default_rng(0), split, 20)
+    assert len({scene.to_json() for scene in scenes}) == 20
+    assert all(held_out(scene) == (split == "test") for scene in scenes)
+    assert all(part.motion in ("bounces", "circles", "turns") for scene in scenes for part in scene.shapes)

@@ -189,12 +189,6 @@ def script():
     return module
 
 
-def test_prompts_are_held_out_and_stay():
-    scenes = script().held_out_scenes(0, 20)
-    assert len({scene.to_json() for scene in scenes}) == 20
-    assert all(part.motion in ("bounces", "circles", "turns") for scene in scenes for part in scene.shapes)
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
