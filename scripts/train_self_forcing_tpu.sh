@@ -22,9 +22,9 @@ SHARE=${SHARE:?the shared folder, as HOST:/NAME}
 EXTRA=train
 . "$(dirname "$0")/tpu_slice.sh"
 
-# One process a host; --distributed lets them find each other. They end together: on a SIGTERM to any, saved.
+# One process a host; --processes auto lets them find each other. They end together: on a SIGTERM to any, saved.
 settings=$(printf ' %q' --set "mesh.fsdp=$FSDP" --set "accumulate=$ACCUMULATE" "$@")
-on_every_host "cd $MOUNT && ~/venv/bin/rfjax train --config self_forcing --output $RUN --distributed $settings"
+on_every_host "cd $MOUNT && ~/venv/bin/rfjax train --config self_forcing --output $RUN --processes auto $settings"
 
 echo "done: $SHARE has $RUN/model. The slice costs until it is deleted:"
 echo "  gcloud compute tpus queued-resources delete $NAME --force --project $PROJECT --zone $ZONE"

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -143,6 +144,34 @@ def test_a_run_that_is_killed_and_one_that_is_told_to_leave_end_as_if_nothing_ha
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
+def test_two_processes_learn_what_two_devices_of_one_do(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(data)
+    config = tmp_path / "run.yaml"
+    values = RUN | STAGES["teacher"] | {"stage": "teacher", "mesh": {"fsdp": 2}, "sample": None, "ema": {"decay": 0.5}}
+    config.write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "rfjax.cli", "train", "--config", str(config), "--output"]
+    subprocess.run([*command, str(tmp_path / "one")], env=os.environ | {"JAX_NUM_CPU_DEVICES": "2"}, check=True)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        where = f"127.0.0.1:{server.getsockname()[1]}"
+    both = [
+        subprocess.Popen(
+            [*command, str(tmp_path / "two"), "--processes", f"{where},2,{index}"],
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    said = [process.communicate(timeout=400)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert "2 steps of 2 on 2 x cpu" in said[0]
+    assert "steps" not in said[1]  # the first speaks for all
+    one, two = (leaves(load(tmp_path / name / "model")) for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("values", "words", "message"),
     [
@@ -159,6 +188,16 @@ def test_a_run_that_is_killed_and_one_that_is_told_to_leave_end_as_if_nothing_ha
         ({"stage": "vae", "data": {"path": "pixels"}}, ["--set", "mesh.data=3"], "which does not make 1 devices"),
         ({"stage": "vae", "data": {"path": "pixels"}}, ["--set", "stps=3"], "stps is not a known setting.*'steps'"),
         ({"stage": "vae", "data": {"path": "pixels"}}, ["--set", "steps"], "'steps' is not KEY=VALUE"),
+        (
+            {"stage": "vae", "data": {"path": "pixels"}, "sample": {"every": 2}},
+            ["--processes", "127.0.0.1:1,2,0"],
+            "sample videos are made by one process alone",
+        ),
+        (
+            {"stage": "causal", "data": {"path": "latents"}, "sample": {"prompts": ["a"], "latent_frames": 4}},
+            [],
+            "sample.latent_frames is 4; stage causal makes videos in chunks of 3",
+        ),
         (
             {"stage": "self_forcing", "data": {"path": "prompts.txt"}},
             [],

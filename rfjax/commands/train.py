@@ -2,8 +2,9 @@
 
 import argparse
 
-from rfjax.commands.flags import add_settings, output_folder
+from rfjax.commands.flags import add_settings, output_folder, processes
 from rfjax.errors import UserError
+from rfjax.parallel.processes import ALONE
 
 _FOLDER = """\
 DIR receives:
@@ -15,8 +16,8 @@ DIR receives:
 
 Ctrl-C and SIGTERM end the step, save and leave; after SIGTERM the exit code is 0.
 
-With --distributed the same command is started on every host of a TPU pod slice or by every task of a Slurm job, and DIR
-is a folder that all of them see.
+With --processes the same command is started on every host of a TPU pod slice, by every task of a Slurm job or in other
+places, and DIR is a folder that all of them see. What they compute they compute together: if one ends, so do all.
 """
 
 
@@ -29,7 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", metavar="DIR", type=output_folder, required=True, help="folder of the run")
     add_settings(parser, "a setting in place of the file's, such as optimizer.learning_rate=1e-4")
-    parser.add_argument("--distributed", action="store_true", help="be one of several processes that train together")
+    parser.add_argument(
+        "--processes",
+        metavar="WHO",
+        type=processes,
+        default=ALONE,
+        help="be one of several processes that train together: auto (TPU pod slice, Slurm) or HOST:PORT,COUNT,INDEX "
+        "with the address of process 0",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -45,4 +53,4 @@ def run(args: argparse.Namespace) -> None:
         from rfjax.commands import training  # imports JAX
     except ImportError as error:
         raise UserError(f'training needs more packages, such as {error.name}; pip install "rfjax[train]"') from None
-    training.run(config, args.output, args.distributed)
+    training.run(config, args.output, args.processes)

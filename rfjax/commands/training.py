@@ -14,6 +14,7 @@ from rfjax.errors import UserError
 from rfjax.io.outputs import make_folder
 from rfjax.io.ownership import owning
 from rfjax.models.functional import Params
+from rfjax.parallel.processes import ALONE, Processes
 from rfjax.sampling.budget import out_of_memory_says
 from rfjax.training.config import TrainConfig
 from rfjax.training.export import export
@@ -24,15 +25,22 @@ MODEL = "model"
 _LESS_MEMORY = "remat, a larger accumulate (both with --set) or mesh.fsdp on more devices need less"
 
 
-def run(config: TrainConfig, folder: Path, distributed: bool = False) -> None:
-    """Train a stage in a folder and export its model; `distributed` as one of several processes.
+def run(config: TrainConfig, folder: Path, processes: Processes | None = ALONE) -> None:
+    """Train a stage in a folder and export its model.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        processes: that train together; None asks the cluster who they are.
 
     Raises:
         UserError: an input is wrong, the folder cannot be written or is another run's now, or the loss diverged.
         KeyboardInterrupt: Ctrl-C was pressed; the state is saved.
     """
-    if distributed:
-        _join()
+    if processes != ALONE:
+        if config.sample is not None:
+            raise UserError("sample videos are made by one process alone; leave sample out with --set sample=null")
+        _join(processes)
     console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=jax.process_index() > 0)
     mesh = mesh_of(config)
     try:
@@ -61,15 +69,20 @@ def _train(config: TrainConfig, setup: Setup, mesh: jax.sharding.Mesh, folder: P
     if jax.process_index() == 0:
         export(config, setup, networks, folder / MODEL)
         console.print(f"{folder / MODEL} after {time.monotonic() - began:.0f} s", markup=False)
+    if jax.process_count() > 1:  # JAX ends a process that writes while the others have left
+        multihost_utils.sync_global_devices("rfjax.commands.training")
 
 
-def _join() -> None:
+def _join(processes: Processes | None) -> None:
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     try:
-        jax.distributed.initialize()
+        if processes is None:
+            jax.distributed.initialize()
+        else:
+            jax.distributed.initialize(processes.address, processes.count, processes.index)
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"--distributed found no other processes, as of a TPU pod slice or Slurm: {reason}") from None
+        raise UserError(f"--processes found no others (auto: of a TPU pod slice or Slurm): {reason}") from None
 
 
 def _anyone(noted: bool) -> bool:

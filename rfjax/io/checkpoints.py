@@ -225,9 +225,14 @@ def _write_tree(folder: Path, tree: Params) -> None:
         (np.ndarray, ocp.type_handlers.NumpyHandler()),
         (jax.Array, ocp.type_handlers.ArrayHandler()),
     )
+    # Of several processes one writes, and Orbax is not to wait for the others.
+    index = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
     # Weights hardly compress, and loading is several times faster without.
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers, use_compression=False)
-    with ocp.Checkpointer(handler) as checkpointer:
+    handler = ocp.PyTreeCheckpointHandler(
+        type_handler_registry=handlers, use_compression=False, multiprocessing_options=alone
+    )
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(_text_keys(tree)))
 
 
