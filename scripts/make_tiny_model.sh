@@ -26,7 +26,7 @@ unless runs/small_pixels rfjax data moving-shapes --output runs/small_pixels --c
 unless runs/pixels rfjax data moving-shapes --output runs/pixels --clips 2000 --test-clips 100
 unless runs/long_pixels rfjax data moving-shapes --output runs/long_pixels --clips 600 --test-clips 20 --frames 129 --seed 5
 unless runs/picture_pixels rfjax data moving-shapes --output runs/picture_pixels --clips 40000 --test-clips 400 --frames 1 --seed 7
-unless runs/short_pixels rfjax data moving-shapes --output runs/short_pixels --clips 4000 --test-clips 40 --frames 9 --seed 11
+unless runs/short_pixels rfjax data moving-shapes --output runs/short_pixels --clips 12000 --test-clips 200 --frames 9 --seed 1
 unless runs/clips rfjax data moving-shapes --output runs/clips --clips 600 --test-clips 40 --seed 13
 stage vae_small
 stage vae
