@@ -255,6 +255,20 @@ def test_what_is_complete_is_recorded_though_the_process_that_made_it_died(gener
     check_complete(folder, expected)
 
 
+def test_a_run_with_nothing_to_do_leaves_the_state_of_others(generate, checkpoint, expected, tmp_path, monkeypatch):
+    stopped(generate, monkeypatch)
+    folder = tmp_path / "o"
+    done = next(entry["prompt"] for entry in read_jobs(folder).values() if entry["state"] == "done")
+    flags = ["--checkpoint", str(checkpoint), "--latent-frames", str(LENGTHS[done])]
+    assert cli.main(["generate", *flags, "--prompt", done, "--output", str(folder)]) == 0
+    assert list((folder / ".rfjax/process-0/state").iterdir())
+    with monkeypatch.context() as patch:
+        calls = raise_at(patch, 100, KeyboardInterrupt())
+        assert generate()[0] == 0
+    assert len(calls) == 3
+    check_complete(folder, expected)
+
+
 @pytest.mark.slow
 def test_what_a_process_that_died_reported_replaces_nothing_newer(generate, tmp_path):
     assert generate()[0] == 0

@@ -189,11 +189,6 @@ def test_two_processes_learn_what_two_devices_of_one_do(data, tmp_path, monkeypa
         ({"stage": "vae", "data": {"path": "pixels"}}, ["--set", "stps=3"], "stps is not a known setting.*'steps'"),
         ({"stage": "vae", "data": {"path": "pixels"}}, ["--set", "steps"], "'steps' is not KEY=VALUE"),
         (
-            {"stage": "vae", "data": {"path": "pixels"}, "sample": {"every": 2}},
-            ["--processes", "127.0.0.1:1,2,0"],
-            "sample videos are made by one process alone",
-        ),
-        (
             {"stage": "causal", "data": {"path": "latents"}, "sample": {"prompts": ["a"], "latent_frames": 4}},
             [],
             "sample.latent_frames is 4; stage causal makes videos in chunks of 3",

@@ -24,11 +24,11 @@ from rfjax.errors import UserError
 from rfjax.io import outputs
 from rfjax.io.checkpoints import TOKENIZER, load
 from rfjax.io.entries import Entry
-from rfjax.io.manifest import JOBS, Manifest
+from rfjax.io.manifest import JOBS, Manifest, read_jobs
 from rfjax.io.mirrors import Destination, destination
 from rfjax.io.ownership import owning
 from rfjax.io.prompts import Request
-from rfjax.io.reports import check_alone, merge, remove_working_folders, report_folder
+from rfjax.io.reports import check_alone, forget_report, merge, remove_working_folders, report_folder
 from rfjax.models.model import Model
 from rfjax.models.tokenizer import Tokenizer
 from rfjax.parallel.processes import ALONE, Processes, RollCall, detect
@@ -46,27 +46,29 @@ def generate(args: argparse.Namespace, requests: list[Request], schedule: list[S
     """
     processes = who(args)
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=processes.index > 0)
-    roll_call = RollCall(processes, args.processes_timeout)
     try:
         with contextlib.ExitStack() as stack:
             place = stack.enter_context(destination(args.output, processes.index, processes.count))
             plan, budget, limit = prepare(args, requests, schedule, console, place, processes)
             stack.enter_context(_alone(plan))
-            if processes.index == 0:
-                merge(plan.output)  # what processes that died left behind
-                place.sync()
             opened = stack.pop_all()
     except Exception as error:
-        roll_call.withdraw(str(error))
+        RollCall(processes, args.processes_timeout).withdraw(str(error))
         raise
+
+    def merge_what_is_left() -> None:
+        merge(plan.output)
+        place.sync()
+
     # All have looked at the folder before anyone writes, so that all divide the same videos.
+    roll_call = RollCall(processes, args.processes_timeout, merge_what_is_left)
     with opened, roll_call as together, out_of_memory_says(needs(budget, limit)):
         _make(args, plan, budget, console, together, place)
 
 
 @contextlib.contextmanager
 def _alone(plan: Plan) -> Iterator[None]:
-    """Keep the folder for this process, or its part of the folder; if nothing is made there, none is left behind.
+    """Keep the folder for this process, or its part of the folder; one that was made and stays empty is removed.
 
     Raises:
         UserError: another run works in the folder, or it cannot be made.
@@ -90,6 +92,8 @@ def _make(
 ) -> None:
     """Make this process's videos, and, in process 0, collect what the others report."""
     first, failure = plan.processes.index == 0, ""
+    if not first:
+        forget_report(plan.output, plan.processes.index)
     try:
         if plan.missing:
             _make_share(args, plan, budget, _load(plan), console)
@@ -120,8 +124,9 @@ def _collect(plan: Plan, together: RollCall, failure: str, place: Destination) -
     failures = together.failures()
     place.sync()
     merge(plan.output)
-    if not failure and not failures:
+    if all(entry["state"] == "done" for entry in read_jobs(plan.output).values()):
         remove_working_folders(plan.output)
+    place.sync()  # before the others hear that all is well
     others = "; ".join(f"process {index}: {reason}" for index, reason in failures.items())
     if failure or others:
         raise UserError("; ".join(filter(None, (failure, others))))

@@ -38,9 +38,9 @@ def run(config: TrainConfig, folder: Path, processes: Processes | None = ALONE) 
         KeyboardInterrupt: Ctrl-C was pressed; the state is saved.
     """
     if processes != ALONE:
-        if config.sample is not None:
-            raise UserError("sample videos are made by one process alone; leave sample out with --set sample=null")
         _join(processes)
+    if config.sample is not None and jax.process_count() > 1:
+        raise UserError("several processes make no sample videos; leave sample out with --set sample=null")
     console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=jax.process_index() > 0)
     mesh = mesh_of(config)
     try:

@@ -130,7 +130,7 @@ def random_scene(rng: np.random.Generator, split: str) -> Scene:
 
 def staying_scenes(rng: np.random.Generator, split: str, count: int) -> list[Scene]:
     """Draw scenes of a split all of whose things stay in the picture."""
-    scenes = (random_scene(rng, split) for _ in iter(int, 1))
+    scenes = (random_scene(rng, split) for _ in itertools.count())
     staying = (scene for scene in scenes if all(shape.motion in STAYING for shape in scene.shapes))
     return list(itertools.islice(staying, count))
 

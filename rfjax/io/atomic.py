@@ -29,9 +29,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = temporary_name(path)
     try:
         yield temporary
-        to_disk(temporary)
-        temporary.replace(path)
-        to_disk(path.parent)
+        finish(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
@@ -51,8 +49,15 @@ def write_json(path: str | Path, value: Any) -> None:
         file.write(text)
 
 
-def to_disk(path: Path) -> None:
-    """Wait until a file's content, or a folder's names, would survive a loss of power."""
+def finish(temporary: Path, path: Path) -> None:
+    """Give a file its final name, in a way that survives a loss of power at any moment."""
+    _to_disk(temporary)
+    temporary.replace(path)
+    with contextlib.suppress(OSError):  # not every file system can do it for a folder
+        _to_disk(path.parent)
+
+
+def _to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rfjax.errors import UserError
+from rfjax.io.locks import open_locked
 from rfjax.io.meanwhile import meanwhile
 from rfjax.io.ownership import AddressOwner
 from rfjax.io.remote import File, files_at, open_address, spoken_of
@@ -28,7 +29,7 @@ from rfjax.io.reports import WORKING, working_folder
 PUSH_SECONDS = 5.0
 TRIES, RETRY_SECONDS = 5, 10.0
 """Of the last copy."""
-_OWNER = ".rfjax-owner-{}.json"
+_OWNER, _LOCK = ".rfjax-owner-{}.json", ".rfjax-mirror.lock"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +74,7 @@ def destination(place: str | Path, process: int = 0, count: int = 1, *, writing:
     except UserError as error:
         raise UserError(str(error).replace(str(mirror.folder), mirror.address)) from None
     finally:
-        if mirror.copied:
-            shutil.rmtree(mirror.folder, ignore_errors=True)
+        mirror.close()
 
 
 class _Stamp(NamedTuple):
@@ -105,6 +105,7 @@ class _Mirror:
         self.address = address
         self._name = f"rfjax-{hashlib.sha256(f'{address} {process}'.encode()).hexdigest()[:12]}-"
         self.folder = Path(tempfile.mkdtemp(prefix=self._name))
+        self._lock = open_locked(self.folder / _LOCK, wait=False)
         self.copied = True
         """Whether the address has all of the folder."""
         self._own = f"{working_folder(Path(), process)}/"
@@ -158,15 +159,17 @@ class _Mirror:
         Raises:
             UserError: another process has it, or takes it; or it cannot be written.
         """
-        if self._first:
-            self._wait_for_strangers()
-        with self._owner.owning():
+        with self._owner.owning(self._strangers() if self._first else ()):
             self._forget_the_dead()
             try:
                 with meanwhile(self._push_or_warn, PUSH_SECONDS):
                     yield
             finally:
-                self._copy_the_rest()
+                try:
+                    self._copy_the_rest()
+                except KeyboardInterrupt as interruption:
+                    left = f"; what {self.address} lacks is in {self._left()}"
+                    raise type(interruption)(f"{interruption}{left}") from None
 
     def _push_or_warn(self) -> None:
         try:
@@ -186,27 +189,38 @@ class _Mirror:
                 return
             except UserError as error:
                 if not tries_left or self._owner.lost:
-                    left = self.folder.rename(self.folder.with_name(f"rfjax-left-{self.folder.name}"))
-                    raise _NotCopiedError(f"{error}; what it lacks is in {left}") from None
-            time.sleep(RETRY_SECONDS)
+                    raise _NotCopiedError(f"{error}; what it lacks is in {self._left()}") from None
+                time.sleep(RETRY_SECONDS)
+
+    def _left(self) -> Path:
+        """Give the folder a name under which no later run removes it."""
+        self.folder = self.folder.rename(self.folder.with_name(f"rfjax-left-{self.folder.name}"))
+        return self.folder
+
+    def close(self) -> None:
+        """Remove the folder, unless the address lacks some of it."""
+        if self.copied:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._lock)
 
     def _owner_by(self, name: str) -> AddressOwner:
         return AddressOwner(self._files, f"{self._root}/{name}", self.address)
 
-    def _wait_for_strangers(self) -> None:
-        """Wait until no process of another job gives a sign of life."""
+    def _strangers(self) -> list[AddressOwner]:
+        """Return the owners that the address has, or had, and that are not of this job."""
         with spoken_of(self.address, "read"):
-            for file in files_at(self._files, self._root):
-                if fnmatch(file.name, _OWNER.format("*")) and file.name not in self._together:
-                    self._owner_by(file.name).wait_for_silence()
-                    with contextlib.suppress(FileNotFoundError):
-                        self._files.rm_file(file.path)
+            names = [file.name for file in files_at(self._files, self._root)]
+        return [
+            self._owner_by(name) for name in names if fnmatch(name, _OWNER.format("*")) and name not in self._together
+        ]
 
     def _forget_the_dead(self) -> None:
         """Remove the folders of this machine in which earlier owners worked that were killed."""
         for folder in self.folder.parent.glob(f"{self._name}*"):
-            if folder != self.folder:
+            with contextlib.suppress(OSError, UserError):  # among them, that it is locked
+                lock = open_locked(folder / _LOCK, wait=False)
                 shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)
 
     def _fetch(self, file: File, whole: bool) -> None:
         target = self.folder / file.name

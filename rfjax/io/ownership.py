@@ -8,7 +8,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +82,19 @@ class AddressOwner:
         """Who has come instead."""
 
     @contextlib.contextmanager
-    def owning(self) -> Iterator[None]:
+    def owning(self, others: "Sequence[AddressOwner]" = ()) -> Iterator[None]:
         """Have the address until the block ends.
+
+        Args:
+            others: owners of the same address that must not be alive either; those that are not are forgotten.
 
         Raises:
             UserError: another process has it, or it cannot be written.
         """
         with spoken_of(self._address, "write to"):
-            self.wait_for_silence()
+            _wait_for_silence([self, *others])
+            for other in others:
+                other._forget()
             self._beat()
             time.sleep(SETTLE_SECONDS)
             self._look()
@@ -99,8 +104,7 @@ class AddressOwner:
                 yield
         finally:
             if not self.lost:
-                with contextlib.suppress(Exception):  # it will be taken for dead
-                    self._files.rm_file(self._path)
+                self._forget()
 
     def check(self) -> None:
         """Refuse to go on where another process has come instead.
@@ -121,29 +125,9 @@ class AddressOwner:
             else:
                 self._beat()
 
-    def wait_for_silence(self) -> None:
-        """Wait until nobody gives a sign that the address is theirs.
-
-        Raises:
-            UserError: somebody does.
-        """
-        found = self._read()
-        if not found:
-            return
-        print(
-            f"rfjax: {self._address} has an owner, {_who(found)}; waiting {SILENCE_SECONDS:g} s for a sign of it",
-            file=sys.stderr,
-            flush=True,
-        )
-        deadline = time.monotonic() + SILENCE_SECONDS
-        while time.monotonic() < deadline:
-            time.sleep(min(1.0, SILENCE_SECONDS / 10))
-            now = self._read()
-            if not now:
-                return
-            if now != found:
-                self.lost = _who(now)
-                self.check()
+    def _forget(self) -> None:
+        with contextlib.suppress(Exception):  # it will be taken for dead
+            self._files.rm_file(self._path)
 
     def _look(self) -> None:
         found = self._read()
@@ -154,11 +138,37 @@ class AddressOwner:
         self._files.pipe_file(self._path, json.dumps(self._mine | {"beat": secrets.token_hex(4)}).encode())
 
     def _read(self) -> dict[str, Any]:
+        """Return what the file says, nothing if there is none."""
         self._files.invalidate_cache()
         try:
             return json.loads(self._files.cat_file(self._path))
         except (FileNotFoundError, ValueError):
             return {}
+
+
+def _wait_for_silence(owners: Sequence[AddressOwner]) -> None:
+    """Wait until none of these gives a sign of life.
+
+    Raises:
+        UserError: one does.
+    """
+    signs = {owner: sign for owner in owners if (sign := owner._read())}
+    for owner, sign in signs.items():
+        print(
+            f"rfjax: {owner._address} has an owner, {_who(sign)}; waiting {SILENCE_SECONDS:g} s for a sign of it",
+            file=sys.stderr,
+            flush=True,
+        )
+    deadline = time.monotonic() + SILENCE_SECONDS
+    while signs and time.monotonic() < deadline:
+        time.sleep(min(1.0, SILENCE_SECONDS / 10))
+        for owner, sign in list(signs.items()):
+            now = owner._read()
+            if not now:
+                del signs[owner]
+            elif now != sign:
+                owner.lost = _who(now)
+                owner.check()
 
 
 def _who(owner: dict[str, Any]) -> str:

@@ -60,7 +60,8 @@ def spoken_of(address: str, verb: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        hint = "; is there such a bucket?" if isinstance(error, FileNotFoundError) else ""
+        lacks = verb == "write to" and isinstance(error, FileNotFoundError)
+        hint = "; is there such a bucket?" if lacks else ""
         raise UserError(f"cannot {verb} {address}: {reason}{hint}") from None
 
 

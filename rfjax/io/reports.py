@@ -55,8 +55,12 @@ def merge(output: Path) -> None:
     if entries:
         manifest.Manifest(output, entries).stop()
     for folder in folders:
-        for name in (outputs.METADATA, manifest.JOBS):
-            (folder / name).unlink(missing_ok=True)
+        _forget(folder)
+
+
+def forget_report(output: Path, index: int) -> None:
+    """Remove what a process other than the first has reported in an earlier run, which is merged by now."""
+    _forget(working_folder(output, index))
 
 
 def check_alone(output: Path, count: int) -> None:
@@ -74,6 +78,11 @@ def check_alone(output: Path, count: int) -> None:
 def remove_working_folders(output: Path) -> None:
     """Remove what processes had for themselves, when nothing is unfinished."""
     shutil.rmtree(output / WORKING, ignore_errors=True)
+
+
+def _forget(folder: Path) -> None:
+    for name in (outputs.METADATA, manifest.JOBS):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _folders(output: Path) -> list[Path]:

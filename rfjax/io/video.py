@@ -12,7 +12,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from jaxtyping import UInt8
 
 from rfjax.errors import UserError
-from rfjax.io.atomic import temporary_name, to_disk
+from rfjax.io.atomic import finish, temporary_name
 
 # Readers that ignore a file's colour tags (decord, OpenCV) assume BT.601, so it is both written and tagged.
 _MATRIX = Colorspace.ITU601
@@ -77,9 +77,7 @@ class VideoWriter:
         with self._user_errors():
             self._container.mux(self._stream.encode())
             self._container.close()
-            to_disk(self._temporary)
-            self._temporary.replace(self.path)
-            to_disk(self.path.parent)
+            finish(self._temporary, self.path)
 
     def abort(self) -> None:
         """Remove what was written; does nothing after `close()`."""

@@ -10,8 +10,8 @@ import dataclasses
 import os
 import socket
 import time
-from collections.abc import Sequence
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from rfjax.errors import UserError
 
@@ -68,15 +68,17 @@ class RollCall:
     all do, so that whatever has started them starts all again.
     """
 
-    def __init__(self, processes: Processes, timeout: float = 300.0):
+    def __init__(self, processes: Processes, timeout: float = 300.0, before: Callable[[], None] = lambda: None):
         """Prepare.
 
         Args:
             processes: who takes part.
             timeout: seconds to wait for all.
+            before: what process 0 does when all are there, before any of them begins.
         """
         self.processes = processes
         self._timeout = timeout
+        self._before = before
         self._deadline = 0.0
         self._peers: dict[int, socket.socket] = {}
         self._ends: dict[int, str] | None = None
@@ -89,8 +91,16 @@ class RollCall:
             UserError: some did not arrive, or cannot take part; the message has their numbers.
         """
         self._deadline = time.monotonic() + self._timeout
-        if self.processes.count > 1:
-            (self._connect if self.processes.index else self._gather)()
+        if self.processes.index:
+            self._connect()
+            return self
+        try:
+            self._gather()
+            self._before()
+        except BaseException as error:
+            self._tell(_reason(error))
+            raise
+        self._tell("go\n")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
@@ -102,7 +112,7 @@ class RollCall:
         try:
             if not self.processes.index and kind is None:
                 self.failures()
-            word = _DONE if kind is None else " ".join(f"{error}".split()) or kind.__name__
+            word = _DONE if error is None else _reason(error)
             for peer in self._peers.values():
                 with contextlib.suppress(OSError):  # it may have ended before
                     peer.sendall(word.encode())
@@ -115,7 +125,7 @@ class RollCall:
     def withdraw(self, reason: str) -> None:
         """Say that this process cannot take part, so that nobody waits for it: to process 0, which tells the others."""
         self._deadline = time.monotonic() + min(self._timeout, _WITHDRAW_SECONDS)
-        reason = " ".join(reason.split())
+        reason = " ".join(reason.split()) or "its program has failed"
         with contextlib.suppress(UserError, OSError):
             if self.processes.index:
                 with self._reach() as peer:
@@ -130,15 +140,16 @@ class RollCall:
         return {index: end or "it died" for index, end in self._ends.items() if end != _DONE}
 
     def _gather(self) -> None:
-        """Let the others connect, and tell each when all have."""
+        """Let the others connect."""
+        if self.processes.count == 1:
+            return
         with self._listen() as listener:
             while missing := self._missing():
                 try:
                     peer = self._accept(listener)
                 except TimeoutError:
-                    self._refuse(self._word(missing))
+                    raise UserError(self._word(missing)) from None
                 self._admit(peer)
-        self._tell("go\n")
 
     def _send_away(self, word: str) -> None:
         """Say something to each of the others that comes in time."""
@@ -176,7 +187,7 @@ class RollCall:
         missing = self._missing()
         if count == self.processes.count and index in missing and reason:
             peer.close()
-            self._refuse(f"process {index} cannot take part: {reason[0].strip()}")
+            raise UserError(f"process {index} cannot take part: {reason[0].strip()}")
         if count == self.processes.count and index in missing:
             peer.settimeout(None)
             _notice_lost_hosts(peer)
@@ -195,10 +206,6 @@ class RollCall:
             f"{self._timeout:g} s: {names}; start them, or ask for fewer"
         )
 
-    def _refuse(self, word: str) -> NoReturn:
-        self._tell(word)
-        raise UserError(word) from None
-
     def _tell(self, word: str) -> None:
         for peer in self._peers.values():
             with contextlib.suppress(OSError):  # its end is noticed later
@@ -213,7 +220,7 @@ class RollCall:
         try:
             peer.sendall(f"{self.processes.index} {self.processes.count}\n".encode())
             peer.settimeout(max(self._deadline - time.monotonic(), 0) + _REPLY_SECONDS)
-            word = peer.recv(10000).decode(errors="replace")
+            word = _read_line(peer)
             peer.settimeout(None)
             _notice_lost_hosts(peer)
         except OSError:
@@ -247,6 +254,22 @@ def _notice_lost_hosts(peer: socket.socket) -> None:
     for option, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
         if hasattr(socket, option):  # not on every system
             peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def _reason(error: BaseException) -> str:
+    """Say in a line why a process ends."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return text
+    return f"interrupted{text}" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__} {text}".strip()
+
+
+def _read_line(peer: socket.socket) -> str:
+    """Read up to the end of a line or of what is said: what comes after it is for later."""
+    line = b""
+    while not line.endswith(b"\n") and (byte := peer.recv(1)):
+        line += byte
+    return line.decode(errors="replace")
 
 
 def _has_ended(peer: socket.socket) -> bool:

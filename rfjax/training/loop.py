@@ -26,8 +26,9 @@ from rfjax.training.watch import DivergedError, Watch
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
-FREE = ("description", "steps", "accumulate", "optimizer", "critic", "mesh", "checkpoint", "log_every", "sample")
-"""Settings that a run which goes on may change, here or among the stage's own."""
+FREE = ("description", "steps", "accumulate", "remat", "mesh", "checkpoint", "log_every", "sample")
+"""Settings that a run which goes on may change, beside those of its optimizers."""
+OPTIMIZERS = ("optimizer", "critic")
 
 
 def mesh_of(config: TrainConfig) -> jax.sharding.Mesh:
@@ -106,8 +107,8 @@ class _Run:
             checkpoints.check_none_damaged()
             fresh = jax.jit(self._fresh, out_shardings=self.shardings)
             return fresh(place(self.setup.params, self.shardings.params)), 0, reader
+        self._compare(checkpoints.settings(checkpoints.latest))
         step, state, position = checkpoints.restore(None, self.like)
-        self._compare(checkpoints.settings(step))
         reader.set_state(position)
         return state, step, reader
 
@@ -152,9 +153,10 @@ class _Run:
                     since, seen = time.monotonic(), done
         except DivergedError as error:
             checkpoints.wait()
+            setting = "self_forcing.critic" if str(error).startswith("critic/") else "optimizer"
             raise UserError(
-                f"training has diverged: {error}; {_kept(checkpoints)}. A lower learning rate may help, from there on "
-                "with --set optimizer.learning_rate=..."
+                f"training has diverged: {error}; {_kept(checkpoints)}. A lower learning rate may help: "
+                f"--set {setting}.learning_rate=..."
             ) from None
         return state
 
@@ -209,9 +211,9 @@ def _optimizer_settings(config: TrainConfig, player: str):
 
 
 def _bound(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that may not change, those of the stage among them."""
+    """Return the settings that may not change: of an optimizer its name alone."""
     return {
-        name: _bound(value) if isinstance(value, Mapping) else value
+        name: value["name"] if name in OPTIMIZERS else _bound(value) if isinstance(value, Mapping) else value
         for name, value in settings.items()
         if name not in FREE
     }

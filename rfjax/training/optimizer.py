@@ -46,7 +46,8 @@ def make_optimizer(config: OptimizerConfig, updates: int) -> optax.GradientTrans
         )
     else:
         chosen = optax.adamw(rate, b1=b1, b2=b2, weight_decay=decay)
-    return chosen if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), chosen)
+    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    return optax.chain(clip, chosen)  # of one structure either way, as a run that goes on may change it
 
 
 def _layer_matrices(params: PyTree) -> PyTree:

@@ -9,7 +9,7 @@ from rfjax.errors import UserError
 from rfjax.training.stage import Metrics
 
 WINDOW = 20
-"""Steps over which the mean of a loss is watched."""
+"""Updates over which the mean of a loss is watched."""
 DIVERGED = 50.0
 """A loss whose mean exceeds the lowest such mean so many times has diverged."""
 
@@ -56,4 +56,4 @@ class Watch:
         mean = sum(recent) / WINDOW
         lowest = self._lowest[name] = min(mean, self._lowest.get(name, mean))
         if mean > DIVERGED * lowest > 0:
-            raise DivergedError(f"{name} has grown to {mean:.4g} from {lowest:.4g}, as means of {WINDOW} steps")
+            raise DivergedError(f"{name} has grown to {mean:.4g} from {lowest:.4g}, as means of {WINDOW} updates")

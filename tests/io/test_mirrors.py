@@ -1,6 +1,7 @@
 """Output folders at an address, here in fsspec's memory; `test_cli_buckets.py` has servers of buckets."""
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -115,7 +116,7 @@ def test_work_begins_with_what_lies_there(files):
 def test_looking_writes_nothing(files):
     files.pipe(ROOT + "a.mp4", b"video")
     with destination(ADDRESS, writing=False) as place:
-        assert [path.name for path in place.folder.iterdir()] == ["a.mp4"]
+        assert [path.name for path in place.folder.glob("[!.]*")] == ["a.mp4"]
         write(place.folder / "b.mp4", b"video")
     assert there(files) == {"a.mp4": b"video"}
     assert not place.folder.exists()
@@ -308,7 +309,10 @@ def test_another_job_s_processes_are_waited_for(files, capsys):
 
 
 def test_folders_of_owners_that_were_killed_are_removed_and_those_that_are_needed_are_not(files, monkeypatch):
-    killed, other = (mirrors._Mirror(ADDRESS, process).folder for process in (0, 1))
+    killed, other = (mirrors._Mirror(ADDRESS, process) for process in (0, 1))
+    for mirror in (killed, other):
+        os.close(mirror._lock)  # as its end does
+    killed, other = killed.folder, other.folder
     with monkeypatch.context() as broken:
         broken.setattr(type(files), "put_file", _raises)
         said = refused(lambda folder: write(folder / "a.mp4", b"video"), "what it lacks is in /")
@@ -316,3 +320,28 @@ def test_folders_of_owners_that_were_killed_are_removed_and_those_that_are_neede
         assert (killed.exists(), other.exists(), place.folder.exists()) == (False, True, True)
     assert (Path(said.rpartition(" ")[2]) / "a.mp4").read_bytes() == b"video"
     shutil.rmtree(other)
+
+
+def test_a_folder_in_which_somebody_still_works_stays(files):
+    suspended = mirrors._Mirror(ADDRESS, 0)
+    with destination(ADDRESS):
+        assert suspended.folder.exists()
+    suspended.close()
+    assert not suspended.folder.exists()
+
+
+def test_an_interruption_of_the_last_copy_says_what_is_left(files, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    def work(broken):
+        with destination(ADDRESS) as place:
+            broken.setattr(type(files), "put_file", interrupted)
+            write(place.folder / "a.mp4", b"video")
+
+    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt, match=r"what .* lacks is in /") as caught:
+        work(broken)
+    left = Path(str(caught.value).rpartition(" ")[2])
+    with destination(ADDRESS):
+        assert (left / "a.mp4").read_bytes() == b"video"
+    shutil.rmtree(left)

@@ -116,6 +116,34 @@ def test_a_process_may_be_started_again_before_all_are_there():
     assert (ends, told) == ([{}], {})
 
 
+def test_the_first_does_something_when_all_are_there_and_nobody_has_begun():
+    where, order = address(), []
+
+    def one(index):
+        with RollCall(Processes(where, 3, index), 20.0, lambda: order.append("before")):
+            order.append(index)
+
+    threads = [threading.Thread(target=one, args=(index,)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.2)
+    for thread in threads:
+        thread.join(20)
+    assert order[0] == "before"
+    assert sorted(order[1:]) == [0, 1, 2]
+
+
+def test_all_hear_why_the_first_cannot_begin():
+    where = address()
+
+    def before():
+        raise UserError("metadata.json was not written by rfjax")
+
+    with taking_part(where, 3, [1, 2]) as told, pytest.raises(UserError, match="not written by"):
+        RollCall(Processes(where, 3, 0), 20.0, before).__enter__()
+    assert told == dict.fromkeys((1, 2), "metadata.json was not written by rfjax")
+
+
 def test_who_never_arrives_is_named_to_all():
     ends = together(4, lambda call: None, present=[0, 2], timeout=1.0)
     for end in (ends[0], ends[2]):

@@ -112,9 +112,11 @@ def test_a_run_that_diverged_goes_on_with_another_learning_rate(tmp_path):
     assert loop._bound(before) == loop._bound(after)
     assert loop._bound(before) != loop._bound(dataclasses.replace(config, seed=1).to_dict())
     learn(run_config("teacher", steps=1), line_setup(), tmp_path)
-    slower = run_config("teacher", steps=2, optimizer=OptimizerConfig(learning_rate=1e-9))
+    slower = run_config("teacher", steps=2, optimizer=OptimizerConfig(learning_rate=1e-9, clip_norm=1.0))
     then, now = learn(run_config("teacher", steps=1), line_setup(), tmp_path), learn(slower, line_setup(), tmp_path)
     assert int(now.step) == 2
+    with pytest.raises(UserError, match="has optimizer 'adamw', this one 'muon'"):
+        learn(run_config("teacher", steps=3, optimizer=OptimizerConfig(name="muon")), line_setup(), tmp_path)
     np.testing.assert_allclose(*(state.params["model"]["line"]["slope"] for state in (then, now)), rtol=1e-6)
 
 

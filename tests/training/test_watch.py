@@ -28,7 +28,7 @@ def test_a_loss_that_has_grown_beyond_measure_has_diverged():
             watch.add(step, {"model/loss": jnp.array(loss), "model/gradient_norm": jnp.array(loss**4)})
             watch.look()
     watch.add(4, {"model/loss": jnp.array(0.6 * DIVERGED)})
-    with pytest.raises(DivergedError, match=r"model/loss has grown to 25.25 from 0.5, as means of 20 steps"):
+    with pytest.raises(DivergedError, match=r"model/loss has grown to 25.25 from 0.5, as means of 20 updates"):
         watch.look()
 
 
