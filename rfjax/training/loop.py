@@ -1,5 +1,6 @@
 """The one loop of all stages: read, learn, watch, save; a run that was killed goes on as if it had not been."""
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 from rfjax.data.reading import batches
 from rfjax.errors import UserError
 from rfjax.io.atomic import replacing
+from rfjax.io.checkpoints import DamagedCheckpointError
 from rfjax.io.run_checkpoints import Checkpoints
 from rfjax.parallel.mesh import check_batch, global_batch, make_mesh, parameter_sharding, place
 from rfjax.training.config import TrainConfig
@@ -107,8 +109,10 @@ class _Run:
             checkpoints.check_none_damaged()
             fresh = jax.jit(self._fresh, out_shardings=self.shardings)
             return fresh(place(self.setup.params, self.shardings.params)), 0, reader
-        self._compare(checkpoints.settings(checkpoints.latest))
+        with contextlib.suppress(DamagedCheckpointError):  # the one before will be restored
+            self._compare(checkpoints.settings(checkpoints.latest))
         step, state, position = checkpoints.restore(None, self.like)
+        self._compare(checkpoints.settings(step))
         reader.set_state(position)
         return state, step, reader
 

@@ -16,7 +16,7 @@ from rfjax.config import load_model_config, preset_path
 from rfjax.errors import UserError
 from rfjax.parallel.division import Sizes
 from rfjax.sampling.budget import check_fits
-from rfjax.sampling.jobs import Job
+from rfjax.sampling.jobs import Job, places_for
 
 GB = 10**9
 
@@ -96,7 +96,8 @@ def test_a_chosen_mesh_divides_and_fits_where_any_does(name, limit, batch_size, 
     assert budget_of(again).total <= budget_of(plan).total
     if budget_of(plan).total > limit:
         for sequence, tensor in ((8, 1), (2, 4), (1, 4)):
-            other = dataclasses.replace(plan, mesh=Sizes(1, sequence, tensor), places=1)
+            sizes = Sizes(min(8 // (sequence * tensor), videos), sequence, tensor)
+            other = dataclasses.replace(plan, mesh=sizes, places=places_for(videos, batch_size, sizes.data))
             assert budget_of(other).total > limit
 
 
