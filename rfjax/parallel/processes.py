@@ -182,8 +182,6 @@ class RollCall:
         except (OSError, ValueError):  # a stranger
             peer.close()
             return
-        if index in self._peers and _has_ended(self._peers[index]):  # it was started again
-            self._peers.pop(index).close()
         missing = self._missing()
         if count == self.processes.count and index in missing and reason:
             peer.close()
@@ -191,13 +189,17 @@ class RollCall:
         if count == self.processes.count and index in missing:
             peer.settimeout(None)
             _notice_lost_hosts(peer)
+            if index in self._peers:  # it was started again
+                self._peers[index].close()
             self._peers[index] = peer
             return
         with peer, contextlib.suppress(OSError):
             peer.sendall(f"process {index} of {count} is there already, or no part of {self.processes.count}".encode())
 
     def _missing(self) -> list[int]:
-        return [index for index in range(1, self.processes.count) if index not in self._peers]
+        """Return who has not come yet, or is gone again and may be started again."""
+        there = {index for index, peer in self._peers.items() if not _has_ended(peer)}
+        return [index for index in range(1, self.processes.count) if index not in there]
 
     def _word(self, missing: list[int]) -> str:
         names = ", ".join(map(str, missing))
