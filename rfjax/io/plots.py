@@ -54,6 +54,8 @@ _OWN = _Layer("own chunk: being generated", "#F0B400", "up")
 _CANDIDATE = _Layer("candidate: scored, not selected", "#B5B5B5", "both")
 _PAST = _Layer("past, not attended", "#F0F0F0", "both")
 
+_PLACE = (0.07, 0.09, 0.86, 0.8)
+"""Left, bottom, width and height of the axes; finding them by Matplotlib's layout takes as long as all the rest."""
 _FAINTEST = 0.3
 """Strength of the colour of a frame that hardly any layer or token attends to."""
 _THINNEST = 1 / 140
@@ -86,8 +88,8 @@ def memory_timeline(
     frames, roles, candidates = (np.asarray(a)[:, sample] for a in (trace.frames, trace.roles, trace.candidates))
     candidates = candidates[..., None]  # whole frames
     chunks, total = len(frames), len(frames) * chunk_frames
-    figure = Figure(figsize=(10, 6), dpi=160, layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(10, 6), dpi=160)
+    axes = figure.add_axes(_PLACE)
     axes.set_xlim(0.5, max(chunks, _SHORTEST) + 0.5)
     axes.set_ylim(0, max(chunks, _SHORTEST) * chunk_frames)
     drawn = _draw(axes, frames, roles, candidates, chunk_frames)
