@@ -1,6 +1,7 @@
 """Videos divided among devices of a group; `test_mesh.py` runs this file in a process that has eight."""
 
 import collections
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,13 @@ def model(checkpoint):
     return load(checkpoint)
 
 
+@pytest.fixture(scope="module")
+def many_heads(model):
+    """The same weights, read as eight heads."""
+    transformer = dataclasses.replace(model.config.transformer, num_heads=8)
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, transformer=transformer))
+
+
 @pytest.mark.parametrize("fully_sharded", [False, True])
 @pytest.mark.parametrize("mesh", [(2, 4, 1), (2, 2, 2), (8, 1, 1)], ids=str)
 def test_weights_are_read_into_their_places(checkpoint, model, mesh, fully_sharded):
@@ -58,6 +66,31 @@ def test_a_rollout_is_that_of_one_device(model, mesh):
     alone, together = both(model, mesh, memory.create("relax_forcing"), max(SAMPLES, mesh[0]))
     np.testing.assert_allclose(together.latents, alone.latents, atol=3e-5)
     np.testing.assert_array_equal(together.trace.frames, alone.trace.frames)
+
+
+@pytest.mark.parametrize("mesh", [(2, 4, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)], ids=str)
+def test_a_rollout_whose_heads_are_exchanged(many_heads, mesh):
+    """Its 8 heads divide over all of these groups: a device has all of a chunk's tokens for its own heads."""
+    alone, together = both(many_heads, mesh, memory.create("relax_forcing"))
+    np.testing.assert_allclose(together.latents, alone.latents, atol=3e-5)
+    np.testing.assert_array_equal(together.trace.frames, alone.trace.frames)
+
+
+@pytest.mark.parametrize("mesh", [(2, 4, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2), (8, 1, 1)], ids=str)
+def test_a_device_remembers_its_share(many_heads, mesh):
+    """Of the keys and values: its samples, and its heads of the group's."""
+    divided, policy = parallelize(many_heads, make_mesh(*mesh)), memory.create("relax_forcing")
+    batch = Batch(divided, policy, (8, *SHAPE[1:]))
+    texts, keys = jnp.asarray(embeds(many_heads, 8)), keys_from_seed(1, range(8))
+    batch.admit({n: Occupant(texts[n : n + 1], keys[n]) for n in range(8)})
+    batch.step().fetch()
+    assert batch.state is not None
+    kept = [leaf for leaf in jax.tree.leaves(batch.state.rollout.memory) if leaf.ndim == 5]
+    assert kept
+    for leaf in kept:
+        layers, samples, frames, tokens, channels = leaf.shape
+        share = (layers, samples // mesh[0], frames, tokens, channels // (mesh[1] * mesh[2]))
+        assert {piece.data.shape for piece in leaf.addressable_shards} == {share}
 
 
 @pytest.mark.parametrize("mesh", [(2, 4, 1), (4, 1, 2)], ids=str)
