@@ -18,7 +18,7 @@ import pytest
 import tokenizers
 
 from rfjax import cli
-from rfjax.commands import generation
+from rfjax.commands import generation, production
 from rfjax.commands.plan import make_plan
 from rfjax.config import load_model_config
 from rfjax.errors import UserError
@@ -403,6 +403,24 @@ def test_video_that_cannot_be_finished_has_no_timeline_and_no_record(generate, m
     monkeypatch.setattr(VideoWriter, "close", fail)
     assert generate("--prompt", "a cat")[0] == 2
     assert names("outputs") == {"jobs.json"}
+
+
+@pytest.mark.slow
+def test_record_that_cannot_be_written_ends_the_job_which_can_go_on(generate, monkeypatch):
+    def fail(*given):
+        raise UserError("the disk is full")
+
+    with monkeypatch.context() as full:
+        full.setattr(production, "write_records", fail)
+        code, _, err = generate("--prompt", "a cat")
+    assert (code, len(err)) == (2, 1)
+    assert "the disk is full" in err[0]
+    (entry,) = read_jobs(Path("outputs")).values()
+    assert entry["state"] == "pending"
+    assert generate("--prompt", "a cat")[0] == 0
+    assert names("outputs") == {"a cat-0.mp4", "jobs.json", "metadata.json", "memory_timeline.png"}
+    (entry,) = read_jobs(Path("outputs")).values()
+    assert entry["state"] == "done"
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ kept, into a reel, from which a later run writes the beginning of that file agai
 
 import collections
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from rfjax.commands.plan import Plan
 from rfjax.commands.progress import ChunkProgress
 from rfjax.commands.records import write_records
 from rfjax.io.manifest import Manifest
+from rfjax.io.meanwhile import Aside
 from rfjax.io.reels import DamagedReelError, Reel
 from rfjax.io.video import VideoWriter
 from rfjax.models.model import Model
@@ -142,6 +144,8 @@ class _Production:
         """Videos that have begun and not ended; some have no place any more, but a chunk on its way."""
         self._pending: tuple[Dispatched | Fetched, dict[int, _Seat]] | None = None
         self._lost: dict[Job, str] = {}
+        self._recording = Aside[_Seat]()
+        """Complete videos whose records are being written, which takes as long as a chunk of a small model."""
         self._since = time.perf_counter()
 
     def work(self) -> dict[Job, str]:
@@ -155,16 +159,20 @@ class _Production:
                 self._run.interruptions.check()
                 self._step()
             self._deliver()
+            self._note_recorded(wait=True)
         except KeyboardInterrupt:
             self._keep()
+            self._note_recorded(wait=True)
             raise
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             self._lose(list(self._open), OUT_OF_MEMORY)
+            self._note_recorded(wait=True)
         finally:
             for seat in self._open:
                 seat.writer.abort()
+            self._recording.close()
         return self._lost
 
     def _step(self) -> None:
@@ -257,6 +265,7 @@ class _Production:
             else:
                 self._lose([seat], self._not_finite(seat))
         self._run.progress.advance(sum(len(pieces[place].frames) for place in riding))
+        self._note_recorded()
 
     def _take(self, seat: _Seat, piece: Piece, seconds: float) -> None:
         seat.writer.write(piece.frames)
@@ -268,12 +277,16 @@ class _Production:
             return
         seat.writer.close()
         del self._open[seat]
-        plan = self._run.plan.of(seat.job)
-        write_records(plan, self._run.budget, seat.made, {0: seat.job}, self._places)
-        self._run.manifest.done(seat.job.video)
-        self._run.done.append(seat.job)
-        if seat.reel is not None:
-            seat.reel.remove()
+        given = self._run.plan.of(seat.job), self._run.budget, seat.made, {0: seat.job}, self._places
+        self._recording.begin(seat, functools.partial(write_records, *given))
+
+    def _note_recorded(self, wait: bool = False) -> None:
+        """Note which complete videos have their records."""
+        for seat in self._recording.ended(wait):
+            self._run.manifest.done(seat.job.video)
+            self._run.done.append(seat.job)
+            if seat.reel is not None:
+                seat.reel.remove()
 
     def _keep(self) -> None:
         """Keep the state after the last chunk that was dispatched, where states are kept."""
@@ -310,5 +323,6 @@ class _Production:
 
     def _numbers(self) -> str:
         """Say which of the videos are being made."""
-        done, count, total = len(self._run.done), len(self._seats), len(self._run.plan.missing)
+        done, count = len(self._run.done) + len(self._recording), len(self._seats)
+        total = len(self._run.plan.missing)
         return f"video {done + 1} of {total}" if count == 1 else f"videos {done + 1}-{done + count} of {total}"
