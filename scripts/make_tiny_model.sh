@@ -22,6 +22,10 @@ section() { [ "$1" != "$from" ] || from=""; }
 unless() { local made=$1; shift; [ -n "$from" ] || [ -e "$made" ] || { echo "== $made"; "$@"; }; }
 clips() { unless "runs/$1" rfjax data moving-shapes --output "runs/$1" "${@:2}"; }
 latents() { unless "runs/$1" rfjax data latents --output "runs/$1" --checkpoint runs/vae_final/model --dataset "${@:2}"; }
+shorts() {
+  clips short_pixels --clips 12000 --test-clips 200 --frames 9 --seed 1
+  latents shorts runs/short_pixels --batch-size 32
+}
 stage() {
   unless "runs/$1/model" rfjax train --config "moving_shapes_$1" --output "runs/$1"
   [ -n "$from" ] || [ -e "runs/$1/model" ] || exit 0   # told to stop, and saved
@@ -43,8 +47,7 @@ latents picture_latents runs/picture_pixels --batch-size 64
 stage pictures
 
 section short
-clips short_pixels --clips 12000 --test-clips 200 --frames 9 --seed 1
-latents shorts runs/short_pixels --batch-size 32
+shorts
 stage short
 
 section teacher
@@ -54,8 +57,9 @@ stage teacher
 
 section causal
 stage causal
-unless runs/trajectories rfjax data trajectories --prompts runs/latents --checkpoint runs/teacher/model \
-  --output runs/trajectories --count 192 --solver-steps 16 --batch-size 16 --guidance 2
+shorts   # for their captions, where the script begins here
+unless runs/trajectories rfjax data trajectories --prompts runs/shorts --checkpoint runs/teacher/model \
+  --output runs/trajectories --count 768 --latent-frames 9 --solver-steps 16 --batch-size 32 --guidance 2.5
 stage ode
 stage self_forcing
 unless runs/moving_shapes python scripts/cast_checkpoint.py runs/self_forcing/model runs/moving_shapes bfloat16
