@@ -137,9 +137,18 @@ class TeacherOptions(_Config):
     """Whether the text encoder learns as well; else it stays as it was loaded."""
     guidance: float = 3.0
     """Of the sample videos."""
+    logit_normal: tuple[float, ...] | None = None
+    """Mean and standard deviation of the logit of the timestep's place on the grid, from 0 (clean) to 1 (noise);
+    without them, all timesteps of the grid are drawn alike."""
 
     def __post_init__(self):
         _check_share("teacher.drop_prompt", self.drop_prompt)
+        drawn = self.logit_normal
+        if drawn is not None and not (len(drawn) == 2 and drawn[1] > 0):
+            raise UserError(
+                f"teacher.logit_normal is {list(drawn)}; a mean and a standard deviation above 0 are needed, "
+                "such as [0, 1]"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

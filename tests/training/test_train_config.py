@@ -49,6 +49,8 @@ def test_the_published_preset_has_the_published_numbers():
         ({"stage": "causal", "causal": {"forcing": "none"}}, r"causal\.forcing is 'none'"),
         ({"stage": "causal", "causal": {"drop_prompt": 2}}, r"causal\.drop_prompt is 2"),
         ({"stage": "teacher", "teacher": {"drop_prompt": -0.1}}, r"teacher\.drop_prompt is -0\.1"),
+        ({"stage": "teacher", "teacher": {"logit_normal": [0.4]}}, r"teacher\.logit_normal is \[0\.4\]; a mean and"),
+        ({"stage": "teacher", "teacher": {"logit_normal": [0, 0]}}, r"teacher\.logit_normal is \[0\.0, 0\.0\]"),
     ],
 )
 def test_wrong_values_are_named(change, message):

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from rfjax.config import ModelConfig
 from rfjax.models.functional import bind
@@ -16,6 +16,22 @@ from rfjax.sampling.schedule import STEPS, timesteps
 from rfjax.training.config import TeacherOptions
 from rfjax.training.losses import flow_matching_loss
 from rfjax.training.stage import Batch, Metrics, Networks, OnePlayer
+
+
+def draw_steps(key: Array, samples: int, logit_normal: tuple[float, ...] | None) -> Int[Array, " B"]:
+    """Draw places on the grid of timesteps, which begins with pure noise.
+
+    Args:
+        key: of the draw.
+        samples: B.
+        logit_normal: mean and standard deviation of the logit of the place counted from the clean end, as a share of
+            the grid (Stable Diffusion 3, arXiv 2403.03206, section 3.1); None draws all places alike.
+    """
+    if logit_normal is None:
+        return jax.random.randint(key, (samples,), 0, STEPS)
+    mean, deviation = logit_normal
+    from_noise = jax.nn.sigmoid(-mean - deviation * jax.random.normal(key, (samples,)))
+    return jnp.minimum((STEPS * from_noise).astype(jnp.int32), STEPS - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +45,13 @@ class TeacherStage(OnePlayer):
     def loss(
         self, player: str, params: Mapping[str, Networks], frozen: Mapping[str, Any], batch: Batch, key: Array
     ) -> tuple[Float[Array, ""], Metrics]:
-        """Return the mean squared error of the flow at one timestep a sample, even on the shifted grid."""
+        """Return the mean squared error of the flow at one timestep a sample."""
         latents = batch["latents"].astype(jnp.float32)
         samples, frames = latents.shape[:2]
         drop, draw, noise_key = jax.random.split(key, 3)
         dropped = jax.random.bernoulli(drop, self.options.drop_prompt, (samples,))
         embeds = self._embeds(params[player], frozen, batch, dropped)
-        chosen = jax.random.randint(draw, (samples,), 0, STEPS)
+        chosen = draw_steps(draw, samples, self.options.logit_normal)
         timestep = jnp.asarray(timesteps(self.config.timestep_shift))[chosen]
         network = bind(WanTransformer, self.config.transformer, params[player]["transformer"])
         text = network.embed_text(embeds)
