@@ -54,11 +54,12 @@ section teacher
 clips clips --clips 600 --test-clips 40 --seed 13
 latents latents runs/clips
 stage teacher
+stage score
 
 section causal
 stage causal
 shorts   # for their captions, where the script begins here
-unless runs/trajectories rfjax data trajectories --prompts runs/shorts --checkpoint runs/teacher/model \
+unless runs/trajectories rfjax data trajectories --prompts runs/shorts --checkpoint runs/score/model \
   --output runs/trajectories --count 768 --latent-frames 9 --solver-steps 16 --batch-size 32 --guidance 2.5
 stage ode
 stage self_forcing
