@@ -4,8 +4,9 @@
         [--guidance 2.5] [--steps 24] [--split train] [--seed 0]
 
 For the stages before the student: the network of `moving_shapes_pictures` (one latent frame), `moving_shapes_short`
-(3), `moving_shapes_teacher` (21) or `moving_shapes_score` (9). Prompts are captions of new scenes of the kind that training shows, or with
-`--split test` of those that it never shows; all things stay in the picture. The file shows the frames that were read.
+(3), `moving_shapes_teacher` (21) or `moving_shapes_score` (9). Prompts are captions of new scenes of the kind that
+training shows, or with `--split test` of those that it never shows; all things stay in the picture. The file shows the
+frames that were read.
 """
 
 import argparse
