@@ -179,9 +179,9 @@ def test_a_video_shorter_than_a_window_cannot_be_measured():
         measure_windows(np.zeros((79, HEIGHT, WIDTH, 3), np.uint8), MOVING)
 
 
-def script():
-    path = Path(__file__).parents[2] / "scripts" / "measure_tiny_model.py"
-    spec = importlib.util.spec_from_file_location("measure_tiny_model", path)
+def script(name: str = "measure_tiny_model"):
+    path = Path(__file__).parents[2] / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -216,3 +216,25 @@ def test_the_script_measures_the_shipped_model(tmp_path, capsys):
     assert re.search(r"\| relax_forcing \| 5 s \| \d+% \([012]/2\) \|", table)
     assert table in capsys.readouterr().out
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 1 + 4 * 2
+
+
+@pytest.mark.parametrize(
+    ("things", "expected"),
+    [
+        ([shape("red", "square")], "square"),
+        ([shape("red", "circle")], "circle"),
+        ([shape("red", "circle"), shape("blue", "square", (0.0, 0.5))], "circle"),
+        ([shape("red", "circle"), shape("red", "square", (0.0, 0.5))], "several"),
+        ([shape("blue", "square")], "nothing"),
+    ],
+)
+def test_a_single_thing_of_a_colour_is_counted_as_what_it_is_read_as(things, expected):
+    reading = read_frame(render(Scene("dark", tuple(things), 0), 1, HEIGHT, WIDTH)[0])
+    assert script("read_kinds").seen_as(reading, "red") == expected
+
+
+def test_a_thing_like_no_kind_is_counted_as_unclear():
+    reading = read_frame(render(Scene("dark", (shape("red", "square"),), 0), 1, HEIGHT, WIDTH)[0])
+    (thing,) = reading.things
+    shapeless = dataclasses.replace(reading, things=(dataclasses.replace(thing, kind=None),))
+    assert script("read_kinds").seen_as(shapeless, "red") == "unclear"
