@@ -5,7 +5,7 @@
 #   scripts/make_tiny_model.sh [RUNS [FROM]]      (default: runs; needs pip install ".[train]")
 #
 # With FROM, a stage such as teacher, the stages before it are left out; their checkpoints that later ones begin with
-# (runs/vae_final/model and that of the stage before; from causal on, those of teacher and score) have to be there.
+# (runs/vae_final/model and that of the stage before; from causal on, that of score) have to be there.
 set -euo pipefail
 where=$(realpath -m "${1:-"$(dirname "$0")/../runs"}")
 from=${2:-}
@@ -25,6 +25,10 @@ latents() { unless "runs/$1" rfjax data latents --output "runs/$1" --checkpoint 
 shorts() {
   clips short_pixels --clips 12000 --test-clips 200 --frames 9 --seed 1
   latents shorts runs/short_pixels --batch-size 32
+}
+longs() {
+  clips clips --clips 600 --test-clips 40 --seed 13
+  latents latents runs/clips
 }
 stage() {
   unless "runs/$1/model" rfjax train --config "moving_shapes_$1" --output "runs/$1"
@@ -51,14 +55,14 @@ shorts
 stage short
 
 section teacher
-clips clips --clips 600 --test-clips 40 --seed 13
-latents latents runs/clips
+longs
 stage teacher
 stage score
 
 section causal
+longs    # the data, where the script begins here
 stage causal
-shorts   # for their captions, where the script begins here
+shorts   # for their captions
 unless runs/trajectories rfjax data trajectories --prompts runs/shorts --checkpoint runs/score/model \
   --output runs/trajectories --count 768 --latent-frames 9 --solver-steps 16 --batch-size 32 --guidance 2.5
 stage ode
