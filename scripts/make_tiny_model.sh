@@ -26,6 +26,10 @@ shorts() {
   clips short_pixels --clips 12000 --test-clips 200 --frames 9 --seed 1
   latents shorts runs/short_pixels --batch-size 32
 }
+mids() {
+  clips mid_pixels --clips 3000 --test-clips 100 --frames 33 --seed 17
+  latents mids runs/mid_pixels
+}
 longs() {
   clips clips --clips 600 --test-clips 40 --seed 13
   latents latents runs/clips
@@ -57,6 +61,7 @@ stage short
 section teacher
 longs
 stage teacher
+mids
 stage score
 
 section causal
