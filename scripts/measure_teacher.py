@@ -1,12 +1,13 @@
 """Tell by classical vision what the last frames of a bidirectional network's clips of moving shapes show.
 
     python scripts/measure_teacher.py --checkpoint DIR --output FILE.png [--latent-frames 1] [--prompts 48]
-        [--guidance 2.5] [--steps 24] [--split train] [--seed 0]
+        [--guidance 2.5] [--steps 24] [--split train] [--seed 0] [--weak DIR --weak-guidance 1]
 
 For the stages before the student: the network of `moving_shapes_pictures` (one latent frame), `moving_shapes_short`
 (3), `moving_shapes_teacher` (21) or `moving_shapes_score` (9). Prompts are captions of new scenes of the kind that
 training shows, or with `--split test` of those that it never shows; all things stay in the picture. The file shows the
-frames that were read.
+frames that were read. With `--weak` the network is led away from that of a worse checkpoint, as
+`self_forcing.weak_teacher` does in training.
 """
 
 import argparse
@@ -23,6 +24,8 @@ from rfjax.errors import UserError
 from rfjax.evaluation.frames import opencv
 from rfjax.evaluation.shape_videos import shown
 from rfjax.evaluation.shapes import read_frame
+from rfjax.models.functional import Params
+from rfjax.models.model import Model
 from rfjax.sampling.bidirectional import sample_bidirectional
 from rfjax.sampling.codec import encode_tokens, to_bytes, tokenizer_of
 
@@ -38,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--latent-frames", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--guidance", type=float, default=2.5)
+    parser.add_argument("--weak", type=Path, metavar="DIR", help="a worse checkpoint, to be led away from")
+    parser.add_argument("--weak-guidance", type=float, default=1.0, help="how far; default: 1")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--split", choices=("train", "test"), default="train")
     parser.add_argument("--seed", type=int, default=0)
@@ -64,8 +69,25 @@ def last_frames(args: argparse.Namespace, scenes: Sequence[Scene]) -> np.ndarray
     size = config.latent_height, config.latent_width, config.transformer.in_dim
     shape = (len(scenes), args.latent_frames, *size)
     key = jax.random.key(args.seed)
-    latents = sample_bidirectional(config, model.transformer, embeds, nothing, shape, key, args.steps, args.guidance)
+    weak = (None, 0.0) if args.weak is None else (weak_transformer(args.weak, model), args.weak_guidance)
+    latents = sample_bidirectional(
+        config, model.transformer, embeds, nothing, shape, key, args.steps, args.guidance, *weak
+    )
     return np.asarray(to_bytes(rfjax.decode(model, latents)[:, -1]))
+
+
+def weak_transformer(folder: Path, model: Model) -> Params:
+    """Load the parameters of the transformer that is led away from.
+
+    Raises:
+        UserError: there is none in the folder, or it has other sizes.
+    """
+    weak = rfjax.load(folder)
+    if weak.config.transformer != model.config.transformer:
+        raise UserError(
+            f"--weak is {folder}, a transformer of other sizes than that of --checkpoint; the same are needed"
+        )
+    return weak.transformer
 
 
 if __name__ == "__main__":

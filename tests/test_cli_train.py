@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -40,7 +41,14 @@ STAGES = {
     "ode": {"data": {"path": "trajectories"}},
     "self_forcing": {
         "data": {"path": "prompts.txt"},
-        "self_forcing": {"teacher": "start", "policy": "relax_forcing", "latent_frames": 6, "window_frames": 6},
+        "self_forcing": {
+            "teacher": "start",
+            "weak_teacher": "start",
+            "weak_guidance": 0.5,
+            "policy": "relax_forcing",
+            "latent_frames": 6,
+            "window_frames": 6,
+        },
         "ema": {"decay": 0.5},
     },
 }
@@ -213,7 +221,8 @@ def test_mistakes_are_one_line(values, words, message, train, tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_teacher_of_other_sizes_is_named(train, data, tmp_path):
+@pytest.mark.parametrize("option", ["teacher", "weak_teacher"])
+def test_a_teacher_of_other_sizes_is_named(option, train, data, tmp_path):
     import dataclasses
 
     from tiny_data import TINY
@@ -221,8 +230,10 @@ def test_a_teacher_of_other_sizes_is_named(train, data, tmp_path):
     wide = dataclasses.replace(TINY, transformer=dataclasses.replace(TINY.transformer, ffn_dim=48))
     make_tiny_checkpoint(tmp_path / "wide", wide)
     values = STAGES["self_forcing"] | {"init": "start", "stage": "self_forcing"}
-    code, lines = train(values, "--set", f"self_forcing.teacher={tmp_path / 'wide'}")
+    guidance = ["--set", "self_forcing.weak_guidance=0.5"] if option == "weak_teacher" else []
+    code, lines = train(values, "--set", f"self_forcing.{option}={tmp_path / 'wide'}", *guidance)
     assert code == 2
+    assert f"self_forcing.{option} " in lines[0]
     assert "has transformer.ffn_dim 48, but the generator start has 32" in lines[0]
 
 
@@ -242,10 +253,12 @@ def test_a_run_of_other_sizes_is_named(train, tmp_path):
 
     from tiny_data import TINY
 
-    values = RUN | STAGES["vae"] | {"stage": "vae", "steps": 1, "sample": None}
-    assert train(values)[0] == 0
     assert TINY.vae is not None
-    make_tiny_checkpoint(tmp_path / "wide", dataclasses.replace(TINY, vae=dataclasses.replace(TINY.vae, dim=8)))
-    code, lines = train(values | {"init": str(tmp_path / "wide")})
+    values = RUN | STAGES["vae"] | {"stage": "vae", "steps": 1, "sample": None, "init": str(tmp_path / "init")}
+    make_tiny_checkpoint(tmp_path / "init")
+    assert train(values)[0] == 0
+    shutil.rmtree(tmp_path / "init")
+    make_tiny_checkpoint(tmp_path / "init", dataclasses.replace(TINY, vae=dataclasses.replace(TINY.vae, dim=8)))
+    code, lines = train(values)
     assert code == 2
     assert re.search(r"has .*vae.* as float32\[.*\]; this run needs float32\[", lines[-1])

@@ -68,9 +68,15 @@ def guided_flow(
     prompt_embeds: Float[Array, "B T D"],
     negative_embeds: Float[Array, "1 N D"],
     guidance: Float[Array, ""] | float,
+    weak_params: Params | None = None,
+    weak_guidance: Float[Array, ""] | float = 0.0,
 ) -> Flow:
-    """Return the bidirectional network's `negative + guidance * (prompt - negative)`, both computed in one pass."""
+    """Return the bidirectional network's `negative + guidance * (prompt - negative)`, both computed in one pass.
+
+    With a worse network of the same sizes, `weak_guidance * (prompt - weak)` is added (autoguidance, arXiv 2406.02507).
+    """
     network = bind(WanTransformer, config.transformer, params)
+    weak = None if weak_params is None else _flow(config, weak_params, prompt_embeds)
     batch = prompt_embeds.shape[0]
     negative = jnp.broadcast_to(negative_embeds, (batch, *negative_embeds.shape[1:]))
     texts = network.embed_text(prompt_embeds), network.embed_text(negative)
@@ -79,9 +85,17 @@ def guided_flow(
     def flow(x, level):
         timestep = jnp.full((2 * batch, x.shape[1]), STEPS * level)
         both, _ = network(jnp.concatenate([x, x]), timestep, text)
-        return both[batch:] + guidance * (both[:batch] - both[batch:])
+        prompted, other = both[:batch], both[batch:]
+        guided = other + guidance * (prompted - other)
+        return guided if weak is None else guided + weak_guidance * (prompted - weak(x, level))
 
     return flow
+
+
+def _flow(config: ModelConfig, params: Params, prompt_embeds: Float[Array, "B T D"]) -> Flow:
+    network = bind(WanTransformer, config.transformer, params)
+    text = network.embed_text(prompt_embeds)
+    return lambda x, level: network(x, jnp.full(x.shape[:2], STEPS * level), text)[0]
 
 
 def sample_bidirectional(
@@ -93,6 +107,8 @@ def sample_bidirectional(
     key: Array,
     steps: int = 48,
     guidance: float = 3.0,
+    weak_params: Params | None = None,
+    weak_guidance: float = 0.0,
 ) -> Float[Array, "B F H W C"]:
     """Generate whole videos with the bidirectional network.
 
@@ -105,12 +121,15 @@ def sample_bidirectional(
         key: one key, from which each sample's follows, or an array of B keys.
         steps: of the solver.
         guidance: 1 is none.
+        weak_params: of a worse transformer of the same sizes, such as an earlier one, to be led away from.
+        weak_guidance: how far; 0 is not at all.
 
     Returns:
         Normalised latents, float32.
     """
     levels = noise_levels((1.0,), config.timestep_shift, steps)
-    return solve(config, shape[1:], levels, params, prompt_embeds, negative_embeds, key, guidance)[-1]
+    embeds, weak = (prompt_embeds, negative_embeds), (weak_params, weak_guidance)
+    return solve(config, shape[1:], levels, params, *embeds, key, guidance, *weak)[-1]
 
 
 def solve(
@@ -122,16 +141,19 @@ def solve(
     negative_embeds: Float[Array, "1 N D"],
     key: Array,
     guidance: float,
+    weak_params: Params | None = None,
+    weak_guidance: float = 0.0,
 ) -> Float[Array, "S+1 B F H W C"]:
     """Follow the guided flow from each sample's own noise through `levels`, as `euler` does, in one program.
 
     `shape` is that of one video's latents, [F, H, W, C]; the other arguments are those of `sample_bidirectional`.
     """
-    keys = sample_keys(key, prompt_embeds.shape[0])
-    return _solve(config, tuple(shape), levels, params, prompt_embeds, negative_embeds, keys, guidance)
+    keys, weak = sample_keys(key, prompt_embeds.shape[0]), (weak_params, weak_guidance)
+    return _solve(config, tuple(shape), levels, params, prompt_embeds, negative_embeds, keys, guidance, *weak)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "shape"))
-def _solve(config, shape, levels, params, prompt_embeds, negative_embeds, keys, guidance):
+def _solve(config, shape, levels, params, prompt_embeds, negative_embeds, keys, guidance, weak_params, weak_guidance):
     noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
-    return euler(guided_flow(config, params, prompt_embeds, negative_embeds, guidance), noise, levels)
+    flow = guided_flow(config, params, prompt_embeds, negative_embeds, guidance, weak_params, weak_guidance)
+    return euler(flow, noise, levels)

@@ -189,9 +189,21 @@ class SelfForcingOptions(_Config):
     """Coefficient of cond - uncond, added to cond."""
     negative_prompt: str = ""
     """Prompt of the real score's other side; none is the end-of-sequence token alone."""
+    weak_teacher: str = ""
+    """Checkpoint of a worse network of the same sizes, such as an earlier one, that the real score is led away from
+    (autoguidance, arXiv 2406.02507)."""
+    weak_guidance: float = 0.0
+    """Coefficient of cond - weak, added to the real score."""
     generator_every: int = 5
     """The critic learns at every step, the generator at every so many."""
     critic: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+
+    def __post_init__(self):
+        if bool(self.weak_teacher) != bool(self.weak_guidance):
+            raise UserError(
+                f"self_forcing.weak_teacher is {self.weak_teacher!r} and weak_guidance {self.weak_guidance:g}; "
+                "they go together: name a checkpoint and a coefficient above 0, or neither"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -84,6 +84,8 @@ def match_distributions(
     timestep: Float[Array, "B F"],
     shift: float,
     guidance: float,
+    weak_cond: Flow | None = None,
+    weak_guidance: float = 0.0,
 ) -> Matching:
     """Compare the scores of generated and of real video on noised x; nothing in it is differentiated.
 
@@ -96,14 +98,20 @@ def match_distributions(
         timestep: from `draw_timestep`.
         shift: of the schedule.
         guidance: coefficient of `cond - uncond`, added to `cond`.
+        weak_cond: score of real video by a worse network, under the prompt (autoguidance, arXiv 2406.02507).
+        weak_guidance: coefficient of `cond - weak`, added as well.
     """
     x = jax.lax.stop_gradient(x)
     sigma = _sigma(timestep, shift)
     noisy = add_noise(x, noise, sigma)
-    fake_x0, cond, uncond = (
-        jax.lax.stop_gradient(noisy - sigma * flow(noisy, timestep)) for flow in (fake, real_cond, real_uncond)
-    )
+
+    def denoised(flow: Flow):
+        return jax.lax.stop_gradient(noisy - sigma * flow(noisy, timestep))
+
+    fake_x0, cond, uncond = denoised(fake), denoised(real_cond), denoised(real_uncond)
     real = cond + guidance * (cond - uncond)
+    if weak_cond is not None:
+        real += weak_guidance * (cond - denoised(weak_cond))
     gradient = (fake_x0 - real) / jnp.mean(jnp.abs(x - real), axis=(1, 2, 3, 4), keepdims=True)
     return Matching(noisy, fake_x0, cond, uncond, jnp.where(jnp.isnan(gradient), 0, gradient))
 

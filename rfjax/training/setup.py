@@ -59,8 +59,10 @@ def prepare(config: TrainConfig) -> Setup:
     params = {stage.players[0]: {name: load_network(folder, name, "float32") for name in _learning_networks(config)}}
     frozen = _frozen_networks(config, folder, has_embeds="prompt_embeds" in source[0])
     if config.stage == "self_forcing":  # the critic begins as the teacher
-        params["critic"] = {"transformer": _teacher(config, model)}
+        params["critic"] = {"transformer": _teacher(config, model, "teacher")}
         frozen["teacher"] = cast(params["critic"]["transformer"], config.dtype)
+        if config.options.weak_teacher:
+            frozen["weak_teacher"] = cast(_teacher(config, model, "weak_teacher"), config.dtype)
     frozen |= _fixed_prompts(config, model, tokenizer, frozen)
     return Setup(stage, model, params, frozen, source, transforms, tokenizer)
 
@@ -153,21 +155,21 @@ def _reencodes(config: TrainConfig) -> bool:
     return isinstance(options, SelfForcingOptions) and options.latent_frames > options.window_frames
 
 
-def _teacher(config: TrainConfig, model: ModelConfig) -> Params:
-    options = config.options
-    if not options.teacher:
-        raise UserError("self_forcing.teacher is missing; name the checkpoint folder of the real score")
-    sizes = load_checkpoint_config(Path(options.teacher)).transformer
+def _teacher(config: TrainConfig, model: ModelConfig, option: str) -> Params:
+    folder = getattr(config.options, option)
+    if not folder:
+        raise UserError(f"self_forcing.{option} is missing; name the checkpoint folder of the real score")
+    sizes = load_checkpoint_config(Path(folder)).transformer
     if sizes != model.transformer:
         differing = [
             f.name for f in dataclasses.fields(sizes) if getattr(sizes, f.name) != getattr(model.transformer, f.name)
         ]
         name = differing[0]
         raise UserError(
-            f"self_forcing.teacher {options.teacher} has transformer.{name} {getattr(sizes, name)}, but the generator "
+            f"self_forcing.{option} {folder} has transformer.{name} {getattr(sizes, name)}, but the generator "
             f"{config.init} has {getattr(model.transformer, name)}; a teacher of the same sizes is needed"
         )
-    return load_network(Path(options.teacher), "transformer", "float32")
+    return load_network(Path(folder), "transformer", "float32")
 
 
 def _fixed_prompts(
@@ -220,6 +222,7 @@ def _stage(config: TrainConfig, model: ModelConfig, folder: Path) -> Stage:
         latent_size=(model.latent_height, model.latent_width),
         window_frames=options.window_frames,
         guidance=options.guidance,
+        weak_guidance=options.weak_guidance,
         generator_every=options.generator_every,
         remat=config.remat,
     )

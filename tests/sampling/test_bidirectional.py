@@ -10,6 +10,7 @@ from rfjax.errors import UserError
 from rfjax.models.functional import bind, init_params
 from rfjax.models.transformer import WanTransformer
 from rfjax.sampling.bidirectional import euler, noise_levels, sample_bidirectional
+from rfjax.sampling.request import sample_keys
 from rfjax.sampling.schedule import few_steps
 
 MEAN, STD = 0.7, 0.3
@@ -66,6 +67,22 @@ def teacher(golden_config):
         jax.random.normal(key, (n, 5, network.text_dim)) for key, n in zip(keys[1:3], (2, 1), strict=True)
     )
     return golden_config, init_params(WanTransformer, network, keys[0]), embeds, negative, keys[3]
+
+
+def test_a_worse_network_is_led_away_from(teacher):
+    """In one step, from noise to noise minus the flow."""
+    config, params, embeds, negative, key = teacher
+    worse = init_params(WanTransformer, config.transformer, jax.random.key(9))
+    shape = (2, 1, 2, 4, config.transformer.in_dim)
+    noise = jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(sample_keys(key, 2))
+
+    def flow(params, text):
+        network = bind(WanTransformer, config.transformer, params)
+        return network(noise, jnp.full((2, 1), 1000.0), network.embed_text(text))[0]
+
+    cond, uncond, weak = flow(params, embeds), flow(params, jnp.repeat(negative, 2, axis=0)), flow(worse, embeds)
+    made = sample_bidirectional(config, params, embeds, negative, shape, key, 1, 2.5, worse, 0.5)
+    np.testing.assert_allclose(made, noise - (uncond + 2.5 * (cond - uncond) + 0.5 * (cond - weak)), atol=2e-5)
 
 
 @pytest.mark.slow

@@ -120,6 +120,24 @@ def test_a_sample_that_is_real_already_stays():
     np.testing.assert_allclose(found.gradient[1], sigma_at(jnp.asarray(500.0), 5.0) - 1, rtol=1e-5)
 
 
+@pytest.mark.parametrize("weak_guidance", [0.0, 0.5])
+def test_the_real_score_is_led_away_from_a_worse_one(scores, data, weak_guidance):
+    fake, real = scores
+    cond, uncond, weak = real(data["context"]), real(data["negative_context"]), fake(data["negative_context"])
+    x, noise, timestep = data["x"], data["noise"], data["timestep"]
+    found = match_distributions(
+        fake(data["context"]), cond, uncond, x, noise, timestep, 5.0, 3.0, weak_cond=weak, weak_guidance=weak_guidance
+    )
+    sigma = np.asarray(sigma_at(timestep, 5.0))[:, :, None, None, None]
+    noisy = (1 - sigma) * x + sigma * noise
+    denoised = [
+        np.asarray(noisy - sigma * flow(noisy, timestep)) for flow in (fake(data["context"]), cond, uncond, weak)
+    ]
+    target = denoised[1] + 3 * (denoised[1] - denoised[2]) + weak_guidance * (denoised[1] - denoised[3])
+    size = np.abs(x - target).mean(axis=(1, 2, 3, 4), keepdims=True)
+    np.testing.assert_allclose(found.gradient, (denoised[0] - target) / size, atol=2e-4)
+
+
 def test_flow_matching_takes_a_timestep_a_frame():
     """A network that knows x0 = 0 and reads its noise off x_t has no error, at any noise level of any frame."""
     noise = jax.random.normal(jax.random.key(0), (2, 3, 2, 2, 1))

@@ -79,6 +79,20 @@ def test_losses_of_pytorch(golden_config):
     np.testing.assert_allclose(by_x * by_x.size, data["dloss_dx"] * by_x.size, atol=5e-5)
 
 
+def test_a_weak_teacher_that_is_the_teacher_changes_nothing(game):
+    params, frozen, batch = game
+    critic, x = params["critic"]["transformer"], jax.random.normal(jax.random.key(7), (2, 6, 4, 4, 2))
+    given = x, batch["prompt_embeds"], jnp.ones_like(x), jnp.full((2, 6), 500.0)
+
+    def learned(stage, **weak):
+        return jax.grad(lambda x: stage.generator_loss(critic, {**frozen, **weak}, x, *given[1:])[0])(x)
+
+    alone, led = learned(make()), learned(make(weak_guidance=0.5), weak_teacher=frozen["teacher"])
+    np.testing.assert_allclose(led, alone, rtol=1e-4, atol=1e-6)
+    other = learned(make(weak_guidance=0.5), weak_teacher=critic)
+    assert float(jnp.abs(other - alone).max()) > 0.01 * float(jnp.abs(alone).max())
+
+
 @pytest.mark.slow
 def test_each_player_learns_alone_and_the_key_decides_everything(game):
     params, frozen, batch = game

@@ -36,9 +36,10 @@ from rfjax.training.stage import Batch, Metrics, Networks
 class SelfForcingStage:
     """Players `generator` and `critic`, each with a `transformer`; the critic is the score of generated video.
 
-    Frozen are `teacher`, the score of real video, `negative_embeds` [1, L, D] and, for rollouts longer than the window,
-    `vae`. The loss of such a rollout sees its last `window_frames` alone, of which the first is made anew from the
-    image that it shows, so that the window begins as a video does. That frame's chunk teaches the generator nothing.
+    Frozen are `teacher`, the score of real video, `negative_embeds` [1, L, D], for `weak_guidance` the worse score
+    `weak_teacher`, and for rollouts longer than the window `vae`. The loss of such a rollout sees its last
+    `window_frames` alone, of which the first is made anew from the image that it shows, so that the window begins as a
+    video does. That frame's chunk teaches the generator nothing.
 
     Raises:
         UserError: sizes that do not fit each other, or a policy that does not fit them.
@@ -56,6 +57,8 @@ class SelfForcingStage:
     """What the scores see of it."""
     guidance: float = 3.0
     """Coefficient of `cond - uncond` of the real score, added to cond."""
+    weak_guidance: float = 0.0
+    """Coefficient of `cond - weak`, added as well; weak is the score of `weak_teacher`."""
     generator_every: int = 5
     """The critic learns at every step, the generator before it at every so many."""
     remat: bool = False
@@ -133,6 +136,7 @@ class SelfForcingStage:
     ) -> tuple[Float[Array, ""], Metrics]:
         """Return the distribution-matching loss of generated latents, with all noise given."""
         negative = jnp.broadcast_to(frozen["negative_embeds"], (len(x), *frozen["negative_embeds"].shape[1:]))
+        weak = self._score(frozen["weak_teacher"], prompt_embeds) if self.weak_guidance else None
         matching = match_distributions(
             self._score(critic, prompt_embeds),
             self._score(frozen["teacher"], prompt_embeds),
@@ -142,6 +146,8 @@ class SelfForcingStage:
             timestep,
             self.config.timestep_shift,
             self.guidance,
+            weak,
+            self.weak_guidance,
         )
         skipped = self.config.chunk_frames if self._is_longer else 0
         loss = distribution_matching_loss(x[:, skipped:], matching.gradient[:, skipped:])
