@@ -81,9 +81,9 @@ def test_a_stage_that_was_told_to_stop_goes_on(make):
     assert (code, after[0], after[-1], errors) == (0, "teacher/model", "moving_shapes", [])
 
 
-def test_a_student_of_the_shipped_teacher_needs_two_checkpoints(make, tmp_path):
+def test_a_student_of_the_shipped_teacher_needs_three_checkpoints(make, tmp_path):
     """As docs/tiny_model.md says."""
-    for name in ("vae_final", "score"):
+    for name in ("vae_final", "teacher", "score"):
         (tmp_path / "elsewhere" / name / "model").mkdir(parents=True)
     code, made, errors = make("elsewhere", "causal")
     assert (code, errors) == (0, [])
