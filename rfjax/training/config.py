@@ -199,7 +199,7 @@ class SelfForcingOptions(_Config):
     critic: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 
     def __post_init__(self):
-        if bool(self.weak_teacher) != bool(self.weak_guidance):
+        if self.weak_guidance < 0 or bool(self.weak_teacher) != bool(self.weak_guidance):
             raise UserError(
                 f"self_forcing.weak_teacher is {self.weak_teacher!r} and weak_guidance {self.weak_guidance:g}; "
                 "they go together: name a checkpoint and a coefficient above 0, or neither"

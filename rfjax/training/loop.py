@@ -196,7 +196,8 @@ class _Run:
         return {player: sum(player in stage.turn(step) for step in range(steps)) for player in stage.players}
 
     def _compare(self, before: Mapping[str, Any]) -> None:
-        then, now = _bound(before), _bound(self.config.to_dict())
+        # Read and written again, a run that is older than an option has its default.
+        then, now = _bound(TrainConfig.from_dict(before).to_dict()), _bound(self.config.to_dict())
         for name in sorted(then.keys() | now.keys()):
             if then.get(name) != now.get(name):
                 raise UserError(

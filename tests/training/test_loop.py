@@ -11,7 +11,14 @@ from toy_runs import EXAMPLES, line_setup, run_config, self_forcing_setup, teach
 from rfjax.errors import UserError
 from rfjax.io.run_checkpoints import Checkpoints
 from rfjax.training import loop
-from rfjax.training.config import CheckpointConfig, EMAConfig, MeshConfig, OptimizerConfig, SelfForcingOptions
+from rfjax.training.config import (
+    CheckpointConfig,
+    EMAConfig,
+    MeshConfig,
+    OptimizerConfig,
+    SelfForcingOptions,
+    TeacherOptions,
+)
 from rfjax.training.loop import best_networks, mesh_of, train
 
 SETUPS = {"teacher": teacher_setup, "muon": teacher_setup, "self_forcing": self_forcing_setup}
@@ -101,6 +108,18 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="the run in this folder has batch_size 4, this one 2"):
         learn(run_config("teacher", steps=2, batch_size=2), line_setup(), tmp_path)
     assert int(learn(run_config("teacher", steps=2), line_setup(), tmp_path).step) == 2
+
+
+def test_a_run_that_is_older_than_an_option_goes_on(tmp_path, monkeypatch):
+    config = run_config("teacher", steps=1, teacher=TeacherOptions())
+    learn(config, line_setup(), tmp_path)
+    old = config.to_dict()
+    del old["remat"], old["teacher"]["train_text_encoder"]
+    monkeypatch.setattr(Checkpoints, "settings", lambda self, step: old)
+    assert int(learn(dataclasses.replace(config, steps=2), line_setup(), tmp_path).step) == 2
+    old["batch_size"] = 3
+    with pytest.raises(UserError, match="the run in this folder has batch_size 3, this one 4"):
+        learn(dataclasses.replace(config, steps=3), line_setup(), tmp_path)
 
 
 def test_a_run_that_diverged_goes_on_with_another_learning_rate(tmp_path):

@@ -40,6 +40,10 @@ def test_the_published_preset_has_the_published_numbers():
         ({"dtype": "float16"}, "dtype is 'float16'"),
         ({"batch_size": 6, "accumulate": 4}, r"batch_size is 6; a multiple of accumulate \(4\)"),
         ({"stage": "self_forcing", "self_forcing": {"weak_teacher": "old"}}, "is 'old' and weak_guidance 0; they go"),
+        (
+            {"stage": "self_forcing", "self_forcing": {"weak_teacher": "old", "weak_guidance": -1}},
+            "is 'old' and weak_guidance -1; they go together: name a checkpoint and a coefficient above 0",
+        ),
         ({"stage": "self_forcing", "self_forcing": {"weak_guidance": 0.5}}, "is '' and weak_guidance 0.5; they go"),
         ({"teacher": {}}, "stage is 'vae', but it has options for 'teacher'"),
         ({"optimizer": {"schedule": "linear"}}, "schedule is 'linear'"),
