@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -150,6 +151,15 @@ def test_of_two_at_the_same_time_the_last_stays(files, monkeypatch):
     assert json.loads(files.cat(ROOT + ".rfjax-owner-0.json"))["process"] == 7
 
 
+@pytest.fixture
+def interruptible():
+    """Shells start what runs in the background with interruptions ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_owner_that_is_replaced_stops_and_says_where_its_files_are(files):
     def other_comes():
         for _ in range(200):
