@@ -138,7 +138,11 @@ class _Mirror:
 
         Args:
             everything: also what was written a moment ago, for nobody writes any more.
+
+        Raises:
+            UserError: another process has taken the address, or it cannot be written.
         """
+        self._owner.check()
         with self._alone, spoken_of(self.address, "write to"):
             # Nothing else: one who tidies up this machine must not take videos away.
             gone = [name for name in self._there if _is_working(name) and not (self.folder / name).exists()]
@@ -172,6 +176,8 @@ class _Mirror:
                     raise type(interruption)(f"{interruption}{left}") from None
 
     def _push_or_warn(self) -> None:
+        if self._owner.lost:  # which ends the work
+            return
         try:
             self.push()
         except UserError as error:
@@ -183,7 +189,6 @@ class _Mirror:
         self.copied = False
         for tries_left in reversed(range(TRIES)):
             try:
-                self._owner.check()
                 self.push(everything=True)
                 self.copied = True
                 return

@@ -1,5 +1,6 @@
 """Output folders at an address, here in fsspec's memory; `test_cli_buckets.py` has servers of buckets."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -151,15 +152,16 @@ def test_of_two_at_the_same_time_the_last_stays(files, monkeypatch):
     assert json.loads(files.cat(ROOT + ".rfjax-owner-0.json"))["process"] == 7
 
 
-@pytest.fixture
-def interruptible():
-    """Shells start what runs in the background with interruptions ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+@contextlib.contextmanager
+def interruptions(handler):
+    """Handle SIGINT so; shells start what runs in the background with it ignored."""
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.usefixtures("interruptible")
 def test_an_owner_that_is_replaced_stops_and_says_where_its_files_are(files):
     def other_comes():
         for _ in range(200):
@@ -171,10 +173,34 @@ def test_an_owner_that_is_replaced_stops_and_says_where_its_files_are(files):
             other_comes()
         write(folder / "b.mp4", b"video")
 
-    said = refused(work, r"in use by process 7 on h; .*; what it lacks is in /.*")
+    with interruptions(signal.default_int_handler):
+        said = refused(work, r"in use by process 7 on h; .*; what it lacks is in /.*")
     assert (Path(said.rpartition(" ")[2]) / "b.mp4").read_bytes() == b"video"
     assert "b.mp4" not in there(files)
     assert json.loads(files.cat(ROOT + ".rfjax-owner-0.json"))["process"] == 7
+
+
+def test_an_owner_that_is_replaced_copies_nothing_more_where_interruptions_are_ignored(files):
+    copied = []
+
+    def work(place):
+        for _ in range(20):
+            files.pipe(ROOT + ".rfjax-owner-0.json", b'{"host": "h", "process": 7, "token": "t"}')
+            time.sleep(0.05)
+        write(place.folder / "b.mp4", b"video")
+        time.sleep(0.3)
+        copied.extend(there(files))
+        place.sync()
+        copied.append("the last copy alone was refused")
+
+    with (
+        interruptions(signal.SIG_IGN),
+        pytest.raises(UserError, match=r"in use by process 7 on h; .*; what it lacks is in /") as caught,
+        destination(ADDRESS) as place,
+    ):
+        work(place)
+    assert copied == []
+    assert (Path(str(caught.value).rpartition(" ")[2]) / "b.mp4").read_bytes() == b"video"
 
 
 def test_a_network_that_comes_back_loses_nothing(files, monkeypatch, capsys):

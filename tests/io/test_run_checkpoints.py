@@ -194,8 +194,33 @@ def test_failing_disk_is_one_line_and_the_older_checkpoint_stays(tmp_path):
     assert done.stderr.startswith("warning: the checkpoint of step 2 is not saved: ")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        ValueError("RESOURCE_EXHAUSTED: Error writing local file: Failed to write [OS error 28: ENOSPC]"),
+    ],
+    ids=["python", "tensorstore"],
+)
+def test_a_full_disk_is_named_whoever_finds_it(tmp_path, monkeypatch, error):
+    lines: list[str] = []
+
+    def full(*_, **__):
+        raise error
+
+    with Checkpoints(tmp_path, 1, lines.append) as checkpoints:
+        assert checkpoints.save(1, make_state(1), READER, SETTINGS)
+        assert checkpoints.wait()
+        monkeypatch.setattr(checkpoints._writer, "save", full)
+        assert not checkpoints.save(2, make_state(2), READER, SETTINGS)
+    assert lines == ["warning: the checkpoint of step 2 is not saved: no space left on the disk; the older ones stay"]
+    assert [path.name for path in tmp_path.iterdir()] == ["00000001"]
+
+
 def test_full_disk_is_one_line_and_the_older_checkpoint_stays(tmp_path):
-    mount = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs -o size=2m tmpfs {tmp_path} && exec "$@"', "sh"]
+    # In a user namespace, where also others than root may mount.
+    inside = f'mount -t tmpfs -o size=2m tmpfs {tmp_path} && exec "$@"'
+    mount = ["unshare", "--map-root-user", "--mount", "sh", "-c", inside, "sh"]
     try:
         subprocess.run([*mount, "true"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
