@@ -24,9 +24,8 @@ from rfjax.errors import UserError
 from rfjax.evaluation.frames import opencv
 from rfjax.evaluation.shape_videos import shown
 from rfjax.evaluation.shapes import read_frame
-from rfjax.models.functional import Params
 from rfjax.models.model import Model
-from rfjax.sampling.bidirectional import sample_bidirectional
+from rfjax.sampling.bidirectional import Weak, sample_bidirectional
 from rfjax.sampling.codec import encode_tokens, to_bytes, tokenizer_of
 
 SHARES = ("things", "colours", "kinds", "background")
@@ -42,11 +41,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--guidance", type=float, default=2.5)
     parser.add_argument("--weak", type=Path, metavar="DIR", help="a worse checkpoint, to be led away from")
-    parser.add_argument("--weak-guidance", type=float, default=1.0, help="how far; default: 1")
+    parser.add_argument("--weak-guidance", type=float, help="how far, with --weak; default: 1")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--split", choices=("train", "test"), default="train")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    if args.weak is None and args.weak_guidance is not None:
+        raise UserError(f"--weak-guidance is {args.weak_guidance:g}, but there is no --weak; name a worse checkpoint")
     cv2 = opencv()
     scenes = staying_scenes(np.random.default_rng((args.seed, 1)), args.split, args.prompts)
     frames = last_frames(args, scenes)
@@ -69,25 +70,25 @@ def last_frames(args: argparse.Namespace, scenes: Sequence[Scene]) -> np.ndarray
     size = config.latent_height, config.latent_width, config.transformer.in_dim
     shape = (len(scenes), args.latent_frames, *size)
     key = jax.random.key(args.seed)
-    weak = (None, 0.0) if args.weak is None else (weak_transformer(args.weak, model), args.weak_guidance)
+    weak = None if args.weak is None else led_away_from(args.weak, args.weak_guidance, model)
     latents = sample_bidirectional(
-        config, model.transformer, embeds, nothing, shape, key, args.steps, args.guidance, *weak
+        config, model.transformer, embeds, nothing, shape, key, args.steps, args.guidance, weak
     )
     return np.asarray(to_bytes(rfjax.decode(model, latents)[:, -1]))
 
 
-def weak_transformer(folder: Path, model: Model) -> Params:
-    """Load the parameters of the transformer that is led away from.
+def led_away_from(folder: Path, guidance: float | None, model: Model) -> Weak:
+    """Load the worse network.
 
     Raises:
         UserError: there is none in the folder, or it has other sizes.
     """
-    weak = rfjax.load(folder)
-    if weak.config.transformer != model.config.transformer:
+    worse = rfjax.load(folder)
+    if worse.config.transformer != model.config.transformer:
         raise UserError(
             f"--weak is {folder}, a transformer of other sizes than that of --checkpoint; the same are needed"
         )
-    return weak.transformer
+    return Weak(worse.transformer, 1.0 if guidance is None else guidance)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ difference of two levels. Source: Wan2.1 `wan/text2video.py`, Self-Forcing `scri
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,18 @@ from rfjax.sampling.schedule import STEPS
 
 Flow = Callable[[Float[Array, "B F H W C"], Float[Array, ""]], Float[Array, "B F H W C"]]
 """Flow of latents at a noise level."""
+
+
+class Weak(NamedTuple):
+    """A worse network of the same sizes, such as an earlier one, to be led away from.
+
+    Source: autoguidance, arXiv 2406.02507.
+    """
+
+    params: Params
+    """Of the transformer."""
+    guidance: Float[Array, ""] | float
+    """Coefficient of `prompt - weak`, added to the flow; 0 or more."""
 
 
 def noise_levels(knots: Sequence[float], shift: float, steps: int) -> np.ndarray:
@@ -68,15 +81,14 @@ def guided_flow(
     prompt_embeds: Float[Array, "B T D"],
     negative_embeds: Float[Array, "1 N D"],
     guidance: Float[Array, ""] | float,
-    weak_params: Params | None = None,
-    weak_guidance: Float[Array, ""] | float = 0.0,
+    weak: Weak | None = None,
 ) -> Flow:
     """Return the bidirectional network's `negative + guidance * (prompt - negative)`, both computed in one pass.
 
-    With a worse network of the same sizes, `weak_guidance * (prompt - weak)` is added (autoguidance, arXiv 2406.02507).
+    With `weak`, `weak.guidance * (prompt - weak)` is added.
     """
     network = bind(WanTransformer, config.transformer, params)
-    weak = None if weak_params is None else _flow(config, weak_params, prompt_embeds)
+    worse = None if weak is None else (_flow(config, weak.params, prompt_embeds), weak.guidance)
     batch = prompt_embeds.shape[0]
     negative = jnp.broadcast_to(negative_embeds, (batch, *negative_embeds.shape[1:]))
     texts = network.embed_text(prompt_embeds), network.embed_text(negative)
@@ -87,7 +99,10 @@ def guided_flow(
         both, _ = network(jnp.concatenate([x, x]), timestep, text)
         prompted, other = both[:batch], both[batch:]
         guided = other + guidance * (prompted - other)
-        return guided if weak is None else guided + weak_guidance * (prompted - weak(x, level))
+        if worse is None:
+            return guided
+        weak_flow, coefficient = worse
+        return guided + coefficient * (prompted - weak_flow(x, level))
 
     return flow
 
@@ -107,8 +122,7 @@ def sample_bidirectional(
     key: Array,
     steps: int = 48,
     guidance: float = 3.0,
-    weak_params: Params | None = None,
-    weak_guidance: float = 0.0,
+    weak: Weak | None = None,
 ) -> Float[Array, "B F H W C"]:
     """Generate whole videos with the bidirectional network.
 
@@ -121,15 +135,13 @@ def sample_bidirectional(
         key: one key, from which each sample's follows, or an array of B keys.
         steps: of the solver.
         guidance: 1 is none.
-        weak_params: of a worse transformer of the same sizes, such as an earlier one, to be led away from.
-        weak_guidance: how far; 0 is not at all.
+        weak: a worse network to be led away from as well.
 
     Returns:
         Normalised latents, float32.
     """
     levels = noise_levels((1.0,), config.timestep_shift, steps)
-    embeds, weak = (prompt_embeds, negative_embeds), (weak_params, weak_guidance)
-    return solve(config, shape[1:], levels, params, *embeds, key, guidance, *weak)[-1]
+    return solve(config, shape[1:], levels, params, prompt_embeds, negative_embeds, key, guidance, weak)[-1]
 
 
 def solve(
@@ -141,19 +153,17 @@ def solve(
     negative_embeds: Float[Array, "1 N D"],
     key: Array,
     guidance: float,
-    weak_params: Params | None = None,
-    weak_guidance: float = 0.0,
+    weak: Weak | None = None,
 ) -> Float[Array, "S+1 B F H W C"]:
     """Follow the guided flow from each sample's own noise through `levels`, as `euler` does, in one program.
 
     `shape` is that of one video's latents, [F, H, W, C]; the other arguments are those of `sample_bidirectional`.
     """
-    keys, weak = sample_keys(key, prompt_embeds.shape[0]), (weak_params, weak_guidance)
-    return _solve(config, tuple(shape), levels, params, prompt_embeds, negative_embeds, keys, guidance, *weak)
+    keys = sample_keys(key, prompt_embeds.shape[0])
+    return _solve(config, tuple(shape), levels, params, prompt_embeds, negative_embeds, keys, guidance, weak)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "shape"))
-def _solve(config, shape, levels, params, prompt_embeds, negative_embeds, keys, guidance, weak_params, weak_guidance):
+def _solve(config, shape, levels, params, prompt_embeds, negative_embeds, keys, guidance, weak):
     noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
-    flow = guided_flow(config, params, prompt_embeds, negative_embeds, guidance, weak_params, weak_guidance)
-    return euler(flow, noise, levels)
+    return euler(guided_flow(config, params, prompt_embeds, negative_embeds, guidance, weak), noise, levels)

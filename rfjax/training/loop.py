@@ -197,7 +197,8 @@ class _Run:
 
     def _compare(self, before: Mapping[str, Any]) -> None:
         # Read and written again, a run that is older than an option has its default.
-        then, now = _bound(TrainConfig.from_dict(before).to_dict()), _bound(self.config.to_dict())
+        older = TrainConfig.from_dict(before, "the run in this folder: train")
+        then, now = _bound(older.to_dict()), _bound(self.config.to_dict())
         for name in sorted(then.keys() | now.keys()):
             if then.get(name) != now.get(name):
                 raise UserError(

@@ -9,7 +9,7 @@ from rfjax.data.trajectories import make_trajectories
 from rfjax.errors import UserError
 from rfjax.models.functional import bind, init_params
 from rfjax.models.transformer import WanTransformer
-from rfjax.sampling.bidirectional import euler, noise_levels, sample_bidirectional
+from rfjax.sampling.bidirectional import Weak, euler, noise_levels, sample_bidirectional
 from rfjax.sampling.request import sample_keys
 from rfjax.sampling.schedule import few_steps
 
@@ -81,7 +81,7 @@ def test_a_worse_network_is_led_away_from(teacher):
         return network(noise, jnp.full((2, 1), 1000.0), network.embed_text(text))[0]
 
     cond, uncond, weak = flow(params, embeds), flow(params, jnp.repeat(negative, 2, axis=0)), flow(worse, embeds)
-    made = sample_bidirectional(config, params, embeds, negative, shape, key, 1, 2.5, worse, 0.5)
+    made = sample_bidirectional(config, params, embeds, negative, shape, key, 1, 2.5, Weak(worse, 0.5))
     np.testing.assert_allclose(made, noise - (uncond + 2.5 * (cond - uncond) + 0.5 * (cond - weak)), atol=2e-5)
 
 
