@@ -62,6 +62,7 @@ section teacher
 longs
 stage teacher
 mids
+unless runs/grown python scripts/grow_checkpoint.py runs/teacher/model runs/grown 2   # 6 layers become 9
 stage score
 
 section causal

@@ -11,6 +11,7 @@ frames that were read. With `--weak` the network is led away from that of a wors
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,12 +82,14 @@ def led_away_from(folder: Path, guidance: float | None, model: Model) -> Weak:
     """Load the worse network.
 
     Raises:
-        UserError: there is none in the folder, or it has other sizes.
+        UserError: there is none in the folder, or it has other sizes than the number of layers.
     """
     worse = rfjax.load(folder)
-    if worse.config.transformer != model.config.transformer:
+    sizes, others = model.config.transformer, worse.config.transformer
+    if dataclasses.replace(others, num_layers=sizes.num_layers) != sizes:
         raise UserError(
-            f"--weak is {folder}, a transformer of other sizes than that of --checkpoint; the same are needed"
+            f"--weak is {folder}, whose transformer has other sizes than that of --checkpoint; only the number of "
+            "layers may differ"
         )
     return Weak(worse.transformer, 1.0 if guidance is None else guidance)
 

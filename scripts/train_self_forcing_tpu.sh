@@ -5,8 +5,8 @@
 #   PROJECT=my-project ZONE=us-east5-a SHARE=10.0.0.2:/share scripts/train_self_forcing_tpu.sh [--set key=value ...]
 #
 # SHARE is a folder that every host mounts, such as a Filestore instance in the same network, as HOST:/NAME. It holds:
-#   checkpoints/ode, checkpoints/wan_1_3b, data/prompts.txt    inputs, see docs/training.md
-#   runs/self_forcing                                          the run, made here
+#   checkpoints/ode, checkpoints/wan_14b, checkpoints/wan_1_3b, data/prompts.txt    inputs, see docs/training.md
+#   runs/self_forcing                                                               the run, made here
 # Started again, the script goes on: with the slice that is there, and from the newest checkpoint. Nothing is deleted at
 # the end; the last line says how to.
 set -euo pipefail

@@ -2,10 +2,11 @@
 
     python scripts/training_memory.py [--fsdp 1 --fsdp 8] [--utilisation 0.4]
 
-One example a device, 21 latent frames of 480x832, bfloat16, remat. Parameters, moments, average and frozen networks are
-those of the package's own trees, cut by its own rules; a policy's memory is `rfjax.memory.footprint`. Gradients and
-activations are formulas, below: what is needed at least, without the copies that a compiler makes (docs/training.md).
-Operations are counted as `rfjax benchmark` counts them, and divided by the makers' peak numbers.
+One example a device, 21 latent frames of 480x832, bfloat16, remat; the teacher of `self_forcing` has 14B. Parameters,
+moments, average and frozen networks are those of the package's own trees, cut by its own rules; a policy's memory is
+`rfjax.memory.footprint`. Gradients and activations are formulas, below: what is needed at least, without the copies
+that a compiler makes (docs/training.md). Operations are counted as `rfjax benchmark` counts them, and divided by the
+makers' peak numbers.
 """
 
 import argparse
@@ -67,14 +68,14 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", max(sizes))
 
-    model = load_model_config(preset_path("models", "wan_1_3b"))
+    model, teacher = (load_model_config(preset_path("models", name)) for name in ("wan_1_3b", "wan_14b"))
     meshes = {fsdp: make_mesh(1, fsdp, jax.devices()[:fsdp]) for fsdp in sizes}
-    print_memory({name: {f: memory(m) for f, m in meshes.items()} for name, memory in stages(model).items()})
+    print_memory({name: {f: memory(m) for f, m in meshes.items()} for name, memory in stages(model, teacher).items()})
     print()
-    print_time(flops_of_an_example(model), args.utilisation)
+    print_time(flops_of_an_example(model, teacher), args.utilisation)
 
 
-def stages(model: ModelConfig) -> dict[str, Any]:
+def stages(model: ModelConfig, teacher: ModelConfig) -> dict[str, Any]:
     """Return by name the functions from a mesh to the memory of a stage."""
     tokens = FRAMES * frame_tokens(model)
     window, relax = create("self_forcing", window_frames=FRAMES), create("relax_forcing")
@@ -82,8 +83,9 @@ def stages(model: ModelConfig) -> dict[str, Any]:
         "teacher; causal, diffusion forcing": lambda mesh: one_network(model, mesh, tokens, frozen=()),
         "causal, teacher forcing": lambda mesh: one_network(model, mesh, 2 * tokens, frozen=()),
         "ode": lambda mesh: one_network(model, mesh, tokens, frozen=("text_encoder",)),
-        "self_forcing": lambda mesh: self_forcing(model, mesh, window),
-        "self_forcing, relax_forcing": lambda mesh: self_forcing(model, mesh, relax),
+        "self_forcing": lambda mesh: self_forcing(model, teacher, mesh, window),
+        "self_forcing, relax_forcing": lambda mesh: self_forcing(model, teacher, mesh, relax),
+        "self_forcing, teacher of 1.3B": lambda mesh: self_forcing(model, model, mesh, window),
     }
 
 
@@ -103,9 +105,9 @@ def one_network(model: ModelConfig, mesh: Mesh, tokens: int, frozen: tuple[str, 
     )
 
 
-def self_forcing(model: ModelConfig, mesh: Mesh, policy: MemoryPolicy) -> Memory:
+def self_forcing(model: ModelConfig, teacher: ModelConfig, mesh: Mesh, policy: MemoryPolicy) -> Memory:
     """Return the memory of generator, critic, teacher and text encoder, with the rollout's under a policy."""
-    one = one_network(model, mesh, FRAMES * frame_tokens(model), frozen=("transformer", "text_encoder"))
+    one = one_network(model, mesh, FRAMES * frame_tokens(model), frozen=("text_encoder",))
     kept = footprint(policy, policy_shape(model), FRAMES, jnp.bfloat16)
     chunk = model.chunk_frames * frame_tokens(model)
     projected = 2 * model.transformer.num_layers * chunk * model.transformer.dim * HALF
@@ -114,6 +116,7 @@ def self_forcing(model: ModelConfig, mesh: Mesh, policy: MemoryPolicy) -> Memory
         one,
         parameters=2 * one.parameters,
         moments=2 * one.moments,
+        frozen=one.frozen + share(parameter_trees(teacher, jnp.bfloat16)["transformer"], mesh),
         copies=2 * one.copies,
         rollout=in_rollout / GB + activations(model, chunk),
     )
@@ -143,7 +146,7 @@ def activations(model: ModelConfig, tokens: int) -> float:
     return tokens * (residuals + layer) * HALF / GB
 
 
-def flops_of_an_example(model: ModelConfig) -> dict[str, float]:
+def flops_of_an_example(model: ModelConfig, teacher: ModelConfig) -> dict[str, float]:
     """Count a step's operations for one example; a backward pass is two forward ones, remat another.
 
     A rollout's chunk takes 2.5 denoising passes on average and a clean one; the generator's backward pass another clean
@@ -153,16 +156,16 @@ def flops_of_an_example(model: ModelConfig) -> dict[str, float]:
     tokens, chunk = frame_tokens(model), model.chunk_frames
     chunks = FRAMES // chunk
 
-    def forward(frames: int, attended: int) -> float:
-        return transformer_pass(model.transformer, 1, frames, attended, tokens).total
+    def forward(frames: int, attended: int, network: ModelConfig = model) -> float:
+        return transformer_pass(network.transformer, 1, frames, attended, tokens).total
 
-    whole = forward(FRAMES, FRAMES)
+    whole, real = forward(FRAMES, FRAMES), forward(FRAMES, FRAMES, teacher)
     causal = sum(forward(chunk, chunk * (index + 1)) for index in range(chunks))
 
-    def distilled(attended: int) -> float:
+    def distilled(attended: int, real: float) -> float:
         one = chunks * forward(chunk, attended)
         rollout = 3.5 * one
-        critic, generator = rollout + 4 * whole, rollout + 5 * one + 3 * whole
+        critic, generator = rollout + 4 * whole, rollout + 5 * one + whole + 2 * real
         return critic + generator / GENERATOR_EVERY
 
     relax = footprint(create("relax_forcing"), policy_shape(model), FRAMES, jnp.bfloat16)
@@ -170,8 +173,9 @@ def flops_of_an_example(model: ModelConfig) -> dict[str, float]:
         "teacher": 4 * whole,
         "causal, diffusion forcing; ode": 4 * causal,
         "causal, teacher forcing": 8 * causal,
-        "self_forcing": distilled(FRAMES),
-        "self_forcing, relax_forcing": distilled(relax.attended_frames),
+        "self_forcing": distilled(FRAMES, real),
+        "self_forcing, relax_forcing": distilled(relax.attended_frames, real),
+        "self_forcing, teacher of 1.3B": distilled(FRAMES, whole),
     }
 
 

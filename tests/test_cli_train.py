@@ -1,5 +1,6 @@
 """`rfjax train` from the command line: every stage runs, what is killed goes on, mistakes are one line."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -14,9 +15,10 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from tiny_data import make_tiny_checkpoint
+from tiny_data import TINY, make_tiny_checkpoint
 
 from rfjax import cli
+from rfjax.config import ModelConfig
 from rfjax.data.moving_shapes import MovingShapesConfig, build
 from rfjax.io.checkpoints import load
 from rfjax.io.ownership import owning
@@ -42,8 +44,9 @@ STAGES = {
     "self_forcing": {
         "data": {"path": "prompts.txt"},
         "self_forcing": {
-            "teacher": "start",
-            "weak_teacher": "start",
+            "teacher": "large",
+            "critic_init": "start",
+            "weak_teacher": "deep",
             "weak_guidance": 0.5,
             "policy": "relax_forcing",
             "latent_frames": 6,
@@ -54,11 +57,18 @@ STAGES = {
 }
 
 
+def sized(**sizes) -> ModelConfig:
+    """The tiny model with a transformer of other sizes."""
+    return dataclasses.replace(TINY, transformer=dataclasses.replace(TINY.transformer, **sizes))
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """A folder with a checkpoint and with data for every stage."""
     folder = tmp_path_factory.mktemp("train")
     make_tiny_checkpoint(folder / "start")
+    make_tiny_checkpoint(folder / "deep", sized(num_layers=2))
+    make_tiny_checkpoint(folder / "large", sized(dim=24, ffn_dim=48, num_heads=3, num_layers=2))
     build(folder / "pixels", MovingShapesConfig(train=3, test=1, frames=9, height=16, width=32))
     (folder / "prompts.txt").write_text("a red circle\na blue star\na star\n")
     here = os.getcwd()
@@ -221,20 +231,40 @@ def test_mistakes_are_one_line(values, words, message, train, tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("option", ["teacher", "weak_teacher"])
-def test_a_teacher_of_other_sizes_is_named(option, train, data, tmp_path):
-    import dataclasses
-
-    from tiny_data import TINY
-
-    wide = dataclasses.replace(TINY, transformer=dataclasses.replace(TINY.transformer, ffn_dim=48))
-    make_tiny_checkpoint(tmp_path / "wide", wide)
+@pytest.mark.parametrize(
+    ("option", "size", "message"),
+    [
+        (
+            "teacher",
+            {"text_dim": 12},
+            "text_dim 12, but the generator start has 8; a teacher of the same ",
+        ),
+        (
+            "weak_teacher",
+            {"in_dim": 8},
+            "in_dim 8, but the generator start has 4; a teacher of the same ",
+        ),
+        (
+            "critic_init",
+            {"ffn_dim": 48},
+            "ffn_dim 48, but the generator start has 32; name a checkpoint",
+        ),
+    ],
+)
+def test_a_score_that_does_not_fit_is_named(option, size, message, train, data, tmp_path):
+    make_tiny_checkpoint(tmp_path / "other", sized(**size))
     values = STAGES["self_forcing"] | {"init": "start", "stage": "self_forcing"}
-    guidance = ["--set", "self_forcing.weak_guidance=0.5"] if option == "weak_teacher" else []
-    code, lines = train(values, "--set", f"self_forcing.{option}={tmp_path / 'wide'}", *guidance)
+    code, lines = train(values, "--set", f"self_forcing.{option}={tmp_path / 'other'}")
     assert code == 2
-    assert f"self_forcing.{option} " in lines[0]
-    assert "has transformer.ffn_dim 48, but the generator start has 32" in lines[0]
+    assert f"self_forcing.{option} {tmp_path / 'other'} has transformer.{message}" in lines[0]
+
+
+def test_a_teacher_of_other_sizes_needs_a_critic_to_begin_with(train, data):
+    values = STAGES["self_forcing"] | {"init": "start", "stage": "self_forcing"}
+    code, lines = train(values, "--set", "self_forcing.critic_init=''")
+    assert code == 2
+    assert "self_forcing.teacher large has transformer.dim 24, but the generator start has 16; name a" in lines[0]
+    assert lines[0].endswith("in self_forcing.critic_init, for the critic to begin as")
 
 
 def test_a_folder_in_use_is_refused_and_left_as_it_is(train, tmp_path):
@@ -249,10 +279,6 @@ def test_a_folder_in_use_is_refused_and_left_as_it_is(train, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_of_other_sizes_is_named(train, tmp_path):
-    import dataclasses
-
-    from tiny_data import TINY
-
     assert TINY.vae is not None
     values = RUN | STAGES["vae"] | {"stage": "vae", "steps": 1, "sample": None, "init": str(tmp_path / "init")}
     make_tiny_checkpoint(tmp_path / "init")

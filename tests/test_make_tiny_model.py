@@ -26,7 +26,7 @@ if "train" in words:
     writes = Path(option("--output"), "model")
 elif words[0].endswith("make_random_checkpoint.py"):
     reads, writes = [], Path(words[2])
-elif words[0].endswith("cast_checkpoint.py"):
+elif words[0].endswith(("cast_checkpoint.py", "grow_checkpoint.py")):
     reads, writes = [words[1]], Path(words[2])
 else:
     reads, writes = [option("--checkpoint"), option("--dataset"), option("--prompts")], Path(option("--output"))

@@ -1,6 +1,9 @@
 """The recipes in scripts/: shells read them, and their commands are rfjax's."""
 
 import argparse
+import dataclasses
+import itertools
+import os
 import re
 import shlex
 import subprocess
@@ -10,7 +13,9 @@ import pytest
 import yaml
 
 from rfjax.commands.generate import add_arguments
+from rfjax.config import preset_path
 from rfjax.parallel.processes import Processes
+from rfjax.training.config import MeshConfig, load_train_config
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -50,3 +55,34 @@ def test_pods_of_kubernetes_are_the_processes_of_the_job():
     args = parsed(command.replace("$JOB_COMPLETION_INDEX", "3").removeprefix("exec rfjax generate"))
     address = f"{job['metadata']['name']}-0.{pod['subdomain']}:8476"
     assert args.processes == Processes(address, spec["completions"], 3)
+
+
+def test_the_recipe_for_gpus_trains_as_published(tmp_path):
+    """Run with a command that only tells how it is called."""
+    fake = tmp_path / "bin" / "rfjax"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    fake.chmod(0o755)
+
+    def run(*words):
+        path = {"PATH": f"{fake.parent}{os.pathsep}{os.environ['PATH']}"}
+        command = [SCRIPTS / "train_self_forcing_8gpu.sh", *words]
+        return subprocess.run(command, cwd=tmp_path, env=os.environ | path, capture_output=True, text=True)
+
+    for name in ("ode", "wan_14b", "wan_1_3b"):
+        missing = run()
+        assert (missing.returncode, missing.stderr) == (
+            2,
+            f"checkpoints/{name}/config.json is missing; see docs/training.md\n",
+        )
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "config.json").touch()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "prompts.txt").touch()
+    words = run("--set", "steps=700").stdout.splitlines()
+    assert words[:5] == ["train", "--config", "self_forcing", "--output", "runs/self_forcing"]
+    settings = dict(text.split("=", 1) for flag, text in itertools.pairwise(words) if flag == "--set")
+    published = load_train_config(preset_path("train", "self_forcing"))
+    assert load_train_config(preset_path("train", "self_forcing"), settings) == dataclasses.replace(
+        published, mesh=MeshConfig(fsdp=8), accumulate=8, steps=700
+    )

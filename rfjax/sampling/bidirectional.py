@@ -25,13 +25,13 @@ Flow = Callable[[Float[Array, "B F H W C"], Float[Array, ""]], Float[Array, "B F
 
 
 class Weak(NamedTuple):
-    """A worse network of the same sizes, such as an earlier one, to be led away from.
+    """A worse network, an earlier or shallower one of the same widths, to be led away from.
 
     Source: autoguidance, arXiv 2406.02507.
     """
 
     params: Params
-    """Of the transformer."""
+    """Of the transformer, of any number of layers."""
     guidance: Float[Array, ""] | float
     """Coefficient of `prompt - weak`, added to the flow; 0 or more."""
 

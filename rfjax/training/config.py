@@ -176,7 +176,9 @@ class SelfForcingOptions(_Config):
     """Stage `self_forcing`."""
 
     teacher: str = ""
-    """Checkpoint of the real score, and of the fake score's first parameters."""
+    """Checkpoint of the real score; it may have other sizes than the generator."""
+    critic_init: str = ""
+    """Checkpoint that the critic begins as, of the generator's sizes; none is that of `teacher`."""
     policy: str = "self_forcing"
     """Memory of the rollout, as `rfjax generate --policy` takes it."""
     settings: dict = dataclasses.field(default_factory=dict)
@@ -190,7 +192,7 @@ class SelfForcingOptions(_Config):
     negative_prompt: str = ""
     """Prompt of the real score's other side; none is the end-of-sequence token alone."""
     weak_teacher: str = ""
-    """Checkpoint of a worse network of the same sizes, such as an earlier one, that the real score is led away from
+    """Checkpoint of a worse network, such as an earlier or a smaller one, that the real score is led away from
     (autoguidance, arXiv 2406.02507)."""
     weak_guidance: float = 0.0
     """Coefficient of cond - weak, added to the real score."""

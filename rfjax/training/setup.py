@@ -1,14 +1,14 @@
 """From a run's configuration to everything the loop needs: sizes, networks, stage and data, all checked."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from rfjax.config import ModelConfig
+from rfjax.config import ModelConfig, TransformerConfig
 from rfjax.data.reading import Crop, Dataset, Transform, check_crop, check_window, open_dataset, tokenise, window
 from rfjax.errors import UserError
 from rfjax.io.checkpoints import TOKENIZER, load_checkpoint_config, load_network
@@ -17,7 +17,7 @@ from rfjax.models.functional import AnyArray, Params
 from rfjax.models.text_encoder import encode_tokens
 from rfjax.models.tokenizer import Tokenizer
 from rfjax.training.config import SelfForcingOptions, TrainConfig
-from rfjax.training.stage import Stage, cast
+from rfjax.training.stage import Stage
 from rfjax.training.stages.causal import CausalStage
 from rfjax.training.stages.ode import ODEStage
 from rfjax.training.stages.self_forcing import SelfForcingStage
@@ -26,6 +26,9 @@ from rfjax.training.stages.vae import VAEStage
 
 FIELDS = {"vae": "video", "teacher": "latents", "causal": "latents", "ode": "trajectory", "self_forcing": None}
 """What a stage reads of an example besides its prompt."""
+TEACHERS = ("teacher", "weak_teacher")
+SHARED_SIZES = ("patch_size", "in_dim", "out_dim", "text_dim", "text_len")
+"""What scores of other sizes have in common with the generator."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +61,11 @@ def prepare(config: TrainConfig) -> Setup:
     source, transforms = _open_data(config, model, tokenizer)
     params = {stage.players[0]: {name: load_network(folder, name, "float32") for name in _learning_networks(config)}}
     frozen = _frozen_networks(config, folder, has_embeds="prompt_embeds" in source[0])
-    if config.stage == "self_forcing":  # the critic begins as the teacher
-        params["critic"] = {"transformer": _teacher(config, model, "teacher")}
-        frozen["teacher"] = cast(params["critic"]["transformer"], config.dtype)
-        if config.options.weak_teacher:
-            frozen["weak_teacher"] = cast(_teacher(config, model, "weak_teacher"), config.dtype)
+    if config.stage == "self_forcing":
+        params["critic"] = {"transformer": _first_critic(config, model)}
+        for option in TEACHERS:
+            if folder := getattr(config.options, option):
+                frozen[option] = load_network(Path(folder), "transformer", config.dtype)
     frozen |= _fixed_prompts(config, model, tokenizer, frozen)
     return Setup(stage, model, params, frozen, source, transforms, tokenizer)
 
@@ -155,21 +158,35 @@ def _reencodes(config: TrainConfig) -> bool:
     return isinstance(options, SelfForcingOptions) and options.latent_frames > options.window_frames
 
 
-def _teacher(config: TrainConfig, model: ModelConfig, option: str) -> Params:
+def _teacher_sizes(config: TrainConfig, model: ModelConfig, option: str) -> TransformerConfig | None:
+    """Sizes of a real score, which has to read what the generator reads and writes."""
     folder = getattr(config.options, option)
     if not folder:
-        raise UserError(f"self_forcing.{option} is missing; name the checkpoint folder of the real score")
+        return None
     sizes = load_checkpoint_config(Path(folder)).transformer
-    if sizes != model.transformer:
-        differing = [
-            f.name for f in dataclasses.fields(sizes) if getattr(sizes, f.name) != getattr(model.transformer, f.name)
-        ]
-        name = differing[0]
-        raise UserError(
-            f"self_forcing.{option} {folder} has transformer.{name} {getattr(sizes, name)}, but the generator "
-            f"{config.init} has {getattr(model.transformer, name)}; a teacher of the same sizes is needed"
-        )
-    return load_network(Path(folder), "transformer", "float32")
+    _check_sizes(config, model, option, sizes, SHARED_SIZES, "a teacher of the same latents and prompts is needed")
+    return sizes
+
+
+def _first_critic(config: TrainConfig, model: ModelConfig) -> Params:
+    option = "critic_init" if config.options.critic_init else "teacher"
+    folder = Path(getattr(config.options, option))
+    sizes = load_checkpoint_config(folder).transformer
+    needed = "name a checkpoint of the generator's sizes in self_forcing.critic_init, for the critic to begin as"
+    _check_sizes(config, model, option, sizes, [field.name for field in dataclasses.fields(sizes)], needed)
+    return load_network(folder, "transformer", "float32")
+
+
+def _check_sizes(
+    config: TrainConfig, model: ModelConfig, option: str, sizes: TransformerConfig, names: Sequence[str], needed: str
+) -> None:
+    for name in names:
+        own, other = getattr(model.transformer, name), getattr(sizes, name)
+        if own != other:
+            raise UserError(
+                f"self_forcing.{option} {getattr(config.options, option)} has transformer.{name} {other}, but the "
+                f"generator {config.init} has {own}; {needed}"
+            )
 
 
 def _fixed_prompts(
@@ -215,6 +232,8 @@ def _stage(config: TrainConfig, model: ModelConfig, folder: Path) -> Stage:
     if config.stage == "ode":
         return ODEStage(model, config.remat)
     policy = parse(options.policy, {key: str(value) for key, value in options.settings.items()})
+    if not options.teacher:
+        raise UserError("self_forcing.teacher is missing; name the checkpoint folder of the real score")
     return SelfForcingStage(
         config=model,
         policy=policy,
@@ -223,6 +242,8 @@ def _stage(config: TrainConfig, model: ModelConfig, folder: Path) -> Stage:
         window_frames=options.window_frames,
         guidance=options.guidance,
         weak_guidance=options.weak_guidance,
+        teacher=_teacher_sizes(config, model, "teacher"),
+        weak_teacher=_teacher_sizes(config, model, "weak_teacher"),
         generator_every=options.generator_every,
         remat=config.remat,
     )

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import jax
@@ -69,18 +70,22 @@ def teacher(golden_config):
     return golden_config, init_params(WanTransformer, network, keys[0]), embeds, negative, keys[3]
 
 
-def test_a_worse_network_is_led_away_from(teacher):
-    """In one step, from noise to noise minus the flow."""
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_worse_network_is_led_away_from(teacher, layers):
+    """In one step, from noise to noise minus the flow; it may have fewer layers."""
     config, params, embeds, negative, key = teacher
-    worse = init_params(WanTransformer, config.transformer, jax.random.key(9))
+    assert config.transformer.num_layers == 3
+    shallow = dataclasses.replace(config.transformer, num_layers=layers)
+    worse = init_params(WanTransformer, shallow, jax.random.key(9))
     shape = (2, 1, 2, 4, config.transformer.in_dim)
     noise = jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(sample_keys(key, 2))
 
-    def flow(params, text):
-        network = bind(WanTransformer, config.transformer, params)
+    def flow(config, params, text):
+        network = bind(WanTransformer, config, params)
         return network(noise, jnp.full((2, 1), 1000.0), network.embed_text(text))[0]
 
-    cond, uncond, weak = flow(params, embeds), flow(params, jnp.repeat(negative, 2, axis=0)), flow(worse, embeds)
+    cond, weak = flow(config.transformer, params, embeds), flow(shallow, worse, embeds)
+    uncond = flow(config.transformer, params, jnp.repeat(negative, 2, axis=0))
     made = sample_bidirectional(config, params, embeds, negative, shape, key, 1, 2.5, Weak(worse, 0.5))
     np.testing.assert_allclose(made, noise - (uncond + 2.5 * (cond - uncond) + 0.5 * (cond - weak)), atol=2e-5)
 

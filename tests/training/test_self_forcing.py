@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,9 @@ from rfjax import memory
 from rfjax.config import ModelConfig, TransformerConfig, VAEConfig
 from rfjax.errors import UserError
 from rfjax.models import vae
-from rfjax.models.functional import abstract_params, init_params
+from rfjax.models.functional import abstract_params, bind, init_params
 from rfjax.models.transformer import WanTransformer
+from rfjax.training.losses import distribution_matching_loss, match_distributions
 from rfjax.training.stage import Stage
 from rfjax.training.stages.self_forcing import SelfForcingStage, last_image
 
@@ -91,6 +94,39 @@ def test_a_weak_teacher_that_is_the_teacher_changes_nothing(game):
     np.testing.assert_allclose(led, alone, rtol=1e-4, atol=1e-6)
     other = learned(make(weak_guidance=0.5), weak_teacher=critic)
     assert float(jnp.abs(other - alone).max()) > 0.01 * float(jnp.abs(alone).max())
+
+
+def test_teachers_of_other_sizes_are_scores_as_any(game):
+    """The gradient in the latents is that of the losses with the teachers' own networks."""
+    params, frozen, batch = game
+    critic, x = params["critic"]["transformer"], jax.random.normal(jax.random.key(7), (2, 6, 4, 4, 2))
+    embeds, noise, timestep = batch["prompt_embeds"], jnp.ones_like(x), jnp.full((2, 6), 500.0)
+    large = dataclasses.replace(NETWORK, dim=3 * NETWORK.dim, num_heads=3 * NETWORK.num_heads, num_layers=2)
+    small = dataclasses.replace(NETWORK, ffn_dim=NETWORK.ffn_dim // 2)
+    teachers = {
+        name: init_params(WanTransformer, sizes, jax.random.key(8))
+        for name, sizes in (("teacher", large), ("weak_teacher", small))
+    }
+
+    def score(sizes, params, embeds):
+        network = bind(WanTransformer, sizes, params)
+        text = network.embed_text(embeds)
+        return lambda noisy, timestep: network(noisy, timestep, text)[0]
+
+    def by_stage(x):
+        stage = make(teacher=large, weak_teacher=small, weak_guidance=0.5)
+        return stage.generator_loss(critic, {**frozen, **teachers}, x, embeds, noise, timestep)[0]
+
+    def by_hand(x):
+        negative = jnp.repeat(frozen["negative_embeds"], 2, axis=0)
+        cond, uncond = (score(large, teachers["teacher"], given) for given in (embeds, negative))
+        weak = score(small, teachers["weak_teacher"], embeds)
+        fake = score(NETWORK, critic, embeds)
+        shift = CONFIG.timestep_shift
+        matching = match_distributions(fake, cond, uncond, x, noise, timestep, shift, 3.0, weak, 0.5)
+        return distribution_matching_loss(x, matching.gradient)
+
+    np.testing.assert_allclose(jax.grad(by_stage)(x), jax.grad(by_hand)(x), rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.slow

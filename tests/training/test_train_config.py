@@ -24,6 +24,7 @@ def test_the_published_preset_has_the_published_numbers():
     assert (config.ema.decay, config.ema.from_step) == (0.99, 200)
     assert (config.batch_size, config.steps, options.generator_every) == (64, 600, 5)
     assert (options.latent_frames, options.window_frames, options.guidance) == (21, 21, 3.0)
+    assert (options.teacher, options.critic_init) == ("checkpoints/wan_14b", "checkpoints/wan_1_3b")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rfjax.config import ModelConfig, VAEConfig
+from rfjax.config import ModelConfig, TransformerConfig, VAEConfig
 from rfjax.errors import UserError
 from rfjax.memory import MemoryPolicy
 from rfjax.memory.check import check_policy
@@ -46,7 +46,7 @@ class SelfForcingStage:
     """
 
     config: ModelConfig
-    """Of generator, critic and teacher alike."""
+    """Of generator and critic alike."""
     policy: MemoryPolicy
     """Memory of the rollout."""
     latent_frames: int
@@ -59,6 +59,10 @@ class SelfForcingStage:
     """Coefficient of `cond - uncond` of the real score, added to cond."""
     weak_guidance: float = 0.0
     """Coefficient of `cond - weak`, added as well; weak is the score of `weak_teacher`."""
+    teacher: TransformerConfig | None = None
+    """Sizes of the teacher; None are those of `config`."""
+    weak_teacher: TransformerConfig | None = None
+    """The same of the worse one."""
     generator_every: int = 5
     """The critic learns at every step, the generator before it at every so many."""
     remat: bool = False
@@ -136,11 +140,11 @@ class SelfForcingStage:
     ) -> tuple[Float[Array, ""], Metrics]:
         """Return the distribution-matching loss of generated latents, with all noise given."""
         negative = jnp.broadcast_to(frozen["negative_embeds"], (len(x), *frozen["negative_embeds"].shape[1:]))
-        weak = self._score(frozen["weak_teacher"], prompt_embeds) if self.weak_guidance else None
+        weak = self._score(frozen["weak_teacher"], prompt_embeds, self.weak_teacher) if self.weak_guidance else None
         matching = match_distributions(
             self._score(critic, prompt_embeds),
-            self._score(frozen["teacher"], prompt_embeds),
-            self._score(frozen["teacher"], negative),
+            self._score(frozen["teacher"], prompt_embeds, self.teacher),
+            self._score(frozen["teacher"], negative, self.teacher),
             x,
             noise,
             timestep,
@@ -165,9 +169,11 @@ class SelfForcingStage:
         score = self._score(critic, prompt_embeds)
         return flow_matching_loss(score, jax.lax.stop_gradient(x), noise, timestep, self.config.timestep_shift)
 
-    def _score(self, params: Params, prompt_embeds: Float[Array, "B L D"]) -> Flow:
-        """Return a network that sees whole videos, under its prompt."""
-        network = bind(WanTransformer, self.config.transformer, params)
+    def _score(
+        self, params: Params, prompt_embeds: Float[Array, "B L D"], sizes: TransformerConfig | None = None
+    ) -> Flow:
+        """Return a network that sees whole videos, under its prompt; it has the generator's sizes, or others."""
+        network = bind(WanTransformer, sizes or self.config.transformer, params)
         text = network.embed_text(prompt_embeds)
         return lambda noisy, timestep: network(noisy, timestep, text, remat=self.remat)[0]
 
