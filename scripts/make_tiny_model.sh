@@ -27,7 +27,7 @@ shorts() {
   latents shorts runs/short_pixels --batch-size 32
 }
 mids() {
-  clips mid_pixels --clips 3000 --test-clips 100 --frames 33 --seed 17
+  clips mid_pixels --clips 7500 --test-clips 100 --frames 33 --seed 17
   latents mids runs/mid_pixels
 }
 longs() {

@@ -21,7 +21,7 @@ from rfjax.io import prompts
 from rfjax.io.prompts import Request, has_word
 from rfjax.parallel.processes import ALONE
 
-DEFAULT_PROMPT = "a red circle bounces and a blue square turns on a dark background"
+DEFAULT_PROMPT = "a blue square bounces on a sand background"
 DEFAULT_SECONDS = 10.0
 
 
