@@ -14,6 +14,9 @@ from rfjax.errors import UserError
 from rfjax.io.remote import local
 
 
+SIZE = f"{sum(path.stat().st_size for path in SHIPPED.rglob('*') if path.is_file()) / 1e9:.2g} GB"
+
+
 @pytest.fixture(autouse=True)
 def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -35,7 +38,7 @@ def test_a_path_stays_what_it_is(tmp_path):
 
 def test_a_model_is_copied_once_and_loaded(bucket, capsys, monkeypatch):
     model, own = load("memory://bucket/model"), load(SHIPPED)
-    assert "copying memory://bucket/model (0.008 GB) to" in capsys.readouterr().err
+    assert f"copying memory://bucket/model ({SIZE}) to" in capsys.readouterr().err
     jax.tree.map(np.testing.assert_array_equal, model.transformer, own.transformer)
     monkeypatch.setattr(type(bucket), "get_file", None)
     copy = local("memory://bucket/model/")
@@ -78,7 +81,7 @@ def test_a_copy_that_breaks_off_leaves_nothing(bucket, monkeypatch, tmp_path):
 def test_a_disk_that_is_too_small_is_said_before(bucket, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1))
-    with pytest.raises(UserError, match=r"cannot copy memory://bucket/model: .*/copies has less than 0.008 GB free"):
+    with pytest.raises(UserError, match=rf"cannot copy memory://bucket/model: .*/copies has less than {SIZE} free"):
         local("memory://bucket/model")
 
 
