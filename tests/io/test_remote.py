@@ -13,7 +13,6 @@ from rfjax.commands.plan import SHIPPED
 from rfjax.errors import UserError
 from rfjax.io.remote import local
 
-
 SIZE = f"{sum(path.stat().st_size for path in SHIPPED.rglob('*') if path.is_file()) / 1e9:.2g} GB"
 
 
