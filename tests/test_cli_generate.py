@@ -145,11 +145,14 @@ def test_prompt_file_is_flat_resumes_and_keeps_what_is_there(generate):
     assert names("outputs") == videos | {"jobs.json", "metadata.json", "memory_timeline.png", "a dog-0.timeline.png"}
     assert records("outputs").keys() == videos
 
-    before = {path: path.stat().st_mtime_ns for path in Path("outputs").iterdir()}
+    jobs = Path("outputs/jobs.json")  # written again at every start
+    before, entries = {path: path.stat().st_mtime_ns for path in Path("outputs").iterdir()}, jobs.read_text()
     code, out, _ = generate("--prompt-file", "prompts.txt")
     assert code == 0
     assert out[-1] == "2 of 2 videos are in outputs already (--overwrite makes them anew)"
-    assert {path: path.stat().st_mtime_ns for path in Path("outputs").iterdir()} == before
+    after = {path: path.stat().st_mtime_ns for path in Path("outputs").iterdir()}
+    assert {**after, jobs: None} == {**before, jobs: None}
+    assert jobs.read_text() == entries
 
     dog = Path("outputs/a dog-0.mp4")
     content = dog.read_bytes()
