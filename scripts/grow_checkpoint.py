@@ -51,16 +51,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def grown(blocks: PyTree, layers: int, every: int) -> PyTree:
     """Return stacked layers [L, ...] with the copies among them, [L + L // every, ...]."""
-    kept = [[True, False] if number % every == 0 else [True] for number in range(1, layers + 1)]
-    original = np.repeat(np.arange(layers), [len(each) for each in kept])
-    is_original = np.concatenate(kept)
+    original = np.sort([*range(layers), *range(every - 1, layers, every)])
+    is_copy = np.diff(original, prepend=-1) == 0
 
     def grow(path, leaf):
         taken = leaf[original]
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         if not name.startswith(BACK):
             return taken
-        return taken * is_original.reshape(-1, *[1] * (leaf.ndim - 1)).astype(taken.dtype)
+        return np.where(is_copy.reshape(-1, *[1] * (leaf.ndim - 1)), np.zeros_like(taken), taken)
 
     return jax.tree_util.tree_map_with_path(grow, blocks)
 

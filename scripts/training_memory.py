@@ -162,10 +162,10 @@ def flops_of_an_example(model: ModelConfig, teacher: ModelConfig) -> dict[str, f
     whole, real = forward(FRAMES, FRAMES), forward(FRAMES, FRAMES, teacher)
     causal = sum(forward(chunk, chunk * (index + 1)) for index in range(chunks))
 
-    def distilled(attended: int, real: float) -> float:
+    def distilled(attended: int, score: float) -> float:
         one = chunks * forward(chunk, attended)
         rollout = 3.5 * one
-        critic, generator = rollout + 4 * whole, rollout + 5 * one + whole + 2 * real
+        critic, generator = rollout + 4 * whole, rollout + 5 * one + whole + 2 * score
         return critic + generator / GENERATOR_EVERY
 
     relax = footprint(create("relax_forcing"), policy_shape(model), FRAMES, jnp.bfloat16)

@@ -1,8 +1,10 @@
 """Golden checkpoints, converted once a session by the project's own converter."""
 
+import importlib.util
 import json
 import os
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,16 @@ def golden(name: str) -> dict[str, np.ndarray]:
 
 def golden_json(name: str) -> dict:
     return json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+def script(name: str) -> ModuleType:
+    """The module of `scripts/<name>.py`."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def compilations(jitted: Any) -> int:

@@ -1,13 +1,12 @@
 """scripts/grow_checkpoint.py: more layers, the same function."""
 
 import dataclasses
-import importlib.util
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import script
 from tiny_data import TINY, make_tiny_checkpoint
 
 from rfjax.errors import UserError
@@ -16,22 +15,16 @@ from rfjax.models.functional import bind
 from rfjax.models.model import Model
 from rfjax.models.transformer import WanTransformer
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "grow_checkpoint.py"
 THREE_LAYERS = dataclasses.replace(TINY, transformer=dataclasses.replace(TINY.transformer, num_layers=3))
 
 
 @pytest.fixture
 def grow(tmp_path):
     """Grow a checkpoint of three layers; return it before and after."""
-    spec = importlib.util.spec_from_file_location("grow_checkpoint", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
 
     def run(every: int) -> tuple[Model, Model]:
         small = make_tiny_checkpoint(tmp_path / "small", THREE_LAYERS)
-        module.main([str(small), str(tmp_path / "grown"), str(every)])
+        script("grow_checkpoint").main([str(small), str(tmp_path / "grown"), str(every)])
         return load(small, dtype="float32"), load(tmp_path / "grown", dtype="float32")
 
     return run

@@ -1,14 +1,13 @@
 """Reading rendered scenes back, as they are and blurred: colours, kinds, places, and verdicts on whole videos."""
 
 import dataclasses
-import importlib.util
 import math
 import re
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from conftest import script
 
 from rfjax.commands.plan import SHIPPED
 from rfjax.data.shapes import BACKGROUNDS, COLOURS, KINDS, Scene, Shape, places, render
@@ -179,16 +178,6 @@ def test_a_video_shorter_than_a_window_cannot_be_measured():
         measure_windows(np.zeros((79, HEIGHT, WIDTH, 3), np.uint8), MOVING)
 
 
-def script(name: str = "measure_tiny_model"):
-    path = Path(__file__).parents[2] / "scripts" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -200,14 +189,18 @@ def script(name: str = "measure_tiny_model"):
 )
 def test_what_cannot_be_measured_is_refused_at_once(tmp_path, flags, message):
     with pytest.raises(UserError) as refused:
-        script().main(["--checkpoint", str(tmp_path / "nowhere"), "--output", str(tmp_path / "out"), *flags])
+        script("measure_tiny_model").main(
+            ["--checkpoint", str(tmp_path / "nowhere"), "--output", str(tmp_path / "out"), *flags]
+        )
     assert message in str(refused.value)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
 def test_the_script_measures_the_shipped_model(tmp_path, capsys):
-    script().main(["--checkpoint", str(SHIPPED), "--output", str(tmp_path), "--quick", "--workers", "1"])
+    script("measure_tiny_model").main(
+        ["--checkpoint", str(SHIPPED), "--output", str(tmp_path), "--quick", "--workers", "1"]
+    )
     files = {path.name for path in tmp_path.iterdir()}
     names = ("drawn", "drawn, through the autoencoder", "relax_forcing", "self_forcing:window_frames=21")
     assert files == {"results.csv", "windows.csv", "table.md", *(f"{name}_5s.png" for name in names)}
