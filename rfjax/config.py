@@ -91,6 +91,8 @@ def _read(hint: Any, value: Any, where: str) -> Any:
         return tuple(_read(item, v, f"{where}[{i}]") for i, v in enumerate(value))
     if hint is float:
         return _read_float(value, where)
+    if hint is str and value is None:  # how YAML reads a key with nothing behind it
+        return ""
     if type(value) is not hint:
         raise UserError(f"{where} is {value!r}; {hint.__name__} is needed")
     if isinstance(value, int) and hint is int and value < 1:

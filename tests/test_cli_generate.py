@@ -389,7 +389,7 @@ def test_running_out_of_memory_says_what_is_needed(generate, monkeypatch):
 def test_settings_of_the_policy_are_read_by_their_types(checkpoint, monkeypatch):
     seen = []
     monkeypatch.setattr(generation, "generate", lambda *given: seen.append(make_plan(*given)))
-    flags = ["--set", "positions=true", "--set", "redundancy_weight=1e-3", "--set", "sink_frames=3"]
+    flags = ["--set", "positions=true", "redundancy_weight=1e-3", "--set", "sink_frames=3"]
     assert cli.main(["generate", "--checkpoint", str(checkpoint), *flags]) == 0
     window = ["--policy", "self_forcing", "--set", "window_frames=none"]
     assert cli.main(["generate", "--checkpoint", str(checkpoint), *window]) == 0

@@ -97,15 +97,16 @@ def processes(text: str) -> Processes | None:
 
 
 def add_settings(parser: argparse._ActionsContainer, what: str) -> None:
-    """Declare `--set KEY=VALUE`, which may be repeated."""
+    """Declare `--set KEY=VALUE ...`, which may be repeated."""
     parser.add_argument(
         "--set",
         metavar="KEY=VALUE",
-        action="append",
+        nargs="+",
+        action="extend",
         default=[],
         type=setting,
         dest="settings",
-        help=f"{what}; may be repeated",
+        help=f"{what}; one or more, and may be repeated",
     )
 
 

@@ -32,6 +32,7 @@ def test_the_published_preset_has_the_published_numbers():
     [
         ({"stage": "techer"}, r"stage is 'techer'; one of vae, .* is needed; did you mean 'teacher'"),
         ({"init": ""}, "init is missing"),
+        ({"init": None}, "init is missing"),
         ({"data": {}}, r"data\.path is missing"),
         ({"data": {"path": "clips", "frame": 3}}, r"data\.frame is not a known setting; did you mean 'frames'"),
         ({"data": {"path": "clips", "crop": [32]}}, r"data\.crop is \[32\]; rows and columns are needed"),
@@ -63,6 +64,14 @@ def test_the_published_preset_has_the_published_numbers():
 def test_wrong_values_are_named(change, message):
     with pytest.raises(UserError, match=message):
         TrainConfig.from_dict(SMALLEST | change)
+
+
+def test_nothing_is_an_empty_text(tmp_path):
+    """As in `weak_teacher:` with nothing behind it, or `--set self_forcing.weak_teacher=`."""
+    path = tmp_path / "run.yaml"
+    path.write_text("{stage: self_forcing, init: a, data: {path: b}, self_forcing: {weak_teacher: c, weak_guidance: 1}}")
+    none = {"self_forcing.weak_teacher": "", "self_forcing.weak_guidance": "0"}
+    assert load_train_config(path, none).options.weak_teacher == ""
 
 
 def test_single_settings_take_the_place_of_the_files(tmp_path):

@@ -1,0 +1,27 @@
+"""scripts/measure_training.py says what a step takes, for every stage."""
+
+import re
+import sys
+
+import pytest
+from conftest import script
+
+SMALL = ("--model", "tiny", "--latent-frames", "6", "--dtype", "float32", "--steps", "1")
+
+
+@pytest.mark.parametrize(
+    ("stage", "players"),
+    [
+        ("teacher", ["model"]),
+        ("causal-diffusion", ["model"]),
+        ("causal-teacher", ["model"]),
+        ("self_forcing", ["generator", "critic"]),
+    ],
+)
+def test_each_player_of_a_stage_is_measured(stage, players, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["measure_training.py", "--stage", stage, *SMALL])
+    script("measure_training").main()
+    told = capsys.readouterr().out
+    assert re.findall(r"(\w+): the first step", told) == players
+    assert re.findall(r"(\w+): [\d.]+ s a step", told) == players
+    assert "process peak bytes" in told
