@@ -19,6 +19,8 @@ import yaml
 
 words = sys.argv[1:]
 option = lambda name: words[words.index(name) + 1] if name in words else None
+if words[0] == "-c":  # is there an accelerator?
+    sys.exit("ACCELERATOR" not in os.environ)
 if "train" in words:
     values = yaml.safe_load(Path(f"configs/train/{option('--config')}.yaml").read_text())
     player = values.get("self_forcing") or {}
@@ -35,6 +37,8 @@ if gone or writes.exists():
     sys.exit(f"{writes}: {gone} not there" if gone else f"{writes} is made twice")
 stopped = os.environ.get("STOPPED") == str(writes)
 (writes.parent if stopped else writes).mkdir(parents=True)
+if writes.exists():
+    (writes / "settings").write_text(" ".join(words[words.index("--set") + 1:]) if "--set" in words else "")
 print("made", writes, flush=True)
 """
 )
@@ -72,6 +76,16 @@ def test_every_stage_finds_what_it_reads_and_is_run_once(make):
     ]
     assert made[-1] == "moving_shapes"
     assert make() == (0, [], [])
+
+
+@pytest.mark.parametrize(
+    ("machine", "settings"), [({}, "steps=2700 batch_size=32 dtype=float32"), ({"ACCELERATOR": "1"}, "")]
+)
+def test_a_cpu_learns_less_of_the_longest_stage(make, tmp_path, monkeypatch, machine, settings):
+    for name, value in machine.items():
+        monkeypatch.setenv(name, value)
+    assert make()[0] == 0
+    assert (tmp_path / "runs/score/model/settings").read_text() == settings
 
 
 def test_a_stage_that_was_told_to_stop_goes_on(make):

@@ -69,7 +69,8 @@ def test_wrong_values_are_named(change, message):
 def test_nothing_is_an_empty_text(tmp_path):
     """As in `weak_teacher:` with nothing behind it, or `--set self_forcing.weak_teacher=`."""
     path = tmp_path / "run.yaml"
-    path.write_text("{stage: self_forcing, init: a, data: {path: b}, self_forcing: {weak_teacher: c, weak_guidance: 1}}")
+    led = "self_forcing: {weak_teacher: c, weak_guidance: 1}"
+    path.write_text(f"{{stage: self_forcing, init: a, data: {{path: b}}, {led}}}")
     none = {"self_forcing.weak_teacher": "", "self_forcing.weak_guidance": "0"}
     assert load_train_config(path, none).options.weak_teacher == ""
 
