@@ -1,4 +1,4 @@
-"""Measure a stage of training on one device: seconds a step, what it compiled and the most memory that it took.
+"""Measure a stage of training on one device: seconds a step, those of the first, and the most memory that it took.
 
     python scripts/measure_training.py --stage self_forcing --model wan_1_3b --teacher wan_14b
     python scripts/measure_training.py --stage teacher --model moving_shapes --latent-frames 9 --batch-size 256
@@ -8,6 +8,7 @@ written. A process measures one stage, for the device counts its peak from the p
 """
 
 import argparse
+import sys
 import time
 from typing import Any
 
@@ -18,6 +19,7 @@ import optax
 from rfjax.benchmark.machine import process_memory, this_machine
 from rfjax.benchmark.parts import random_weights
 from rfjax.config import ModelConfig, TransformerConfig, load_model_config, preset_path
+from rfjax.errors import UserError
 from rfjax.memory import create
 from rfjax.models.functional import Params
 from rfjax.models.transformer import WanTransformer
@@ -70,7 +72,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stage", choices=STAGES, required=True)
     parser.add_argument("--model", default="wan_1_3b", help="sizes: a name in configs/models (default: wan_1_3b)")
     parser.add_argument("--teacher", help="sizes of self_forcing's real score (default: those of --model)")
-    parser.add_argument("--policy", default="self_forcing", help="memory of self_forcing's rollout")
+    parser.add_argument("--policy", help="memory of self_forcing's rollout (default: the window self_forcing)")
     parser.add_argument("--latent-frames", type=int, default=21)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
@@ -79,6 +81,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if min(args.steps, args.batch_size, args.latent_frames) < 1:
         parser.error("--steps, --batch-size and --latent-frames are numbers from 1 on")
+    if args.stage != "self_forcing" and (args.teacher or args.policy):
+        parser.error(f"--teacher and --policy are of stage self_forcing, not of {args.stage}; leave them out")
     return args
 
 
@@ -90,7 +94,7 @@ def make_stage(args: argparse.Namespace, model: ModelConfig, teacher: Transforme
         return CausalStage(model, CausalOptions(forcing=args.stage.partition("-")[2]), args.remat)
     return SelfForcingStage(
         config=model,
-        policy=create(args.policy),
+        policy=create(args.policy or "self_forcing"),
         latent_frames=args.latent_frames,
         latent_size=(model.latent_height, model.latent_width),
         window_frames=args.latent_frames,
@@ -142,4 +146,8 @@ def measure(
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"measure_training: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -25,3 +25,11 @@ def test_each_player_of_a_stage_is_measured(stage, players, monkeypatch, capsys)
     assert re.findall(r"(\w+): the first step", told) == players
     assert re.findall(r"(\w+): [\d.]+ s a step", told) == players
     assert "process peak bytes" in told
+
+
+def test_options_of_another_stage_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["measure_training.py", "--stage", "teacher", "--policy", "relax_forcing"])
+    with pytest.raises(SystemExit) as left:
+        script("measure_training").main()
+    assert left.value.code == 2
+    assert "--policy are of stage self_forcing, not of teacher" in capsys.readouterr().err
