@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -69,7 +70,9 @@ def read_frames(path: str | Path) -> VideoFrames:
 
 
 def _opened(path: str | Path) -> InputContainer:
-    return av.open(str(path), metadata_errors="replace")
+    # Titles need not be UTF-8. From PyAV 19 on that is no error, nor is there an argument to say so.
+    lenient: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+    return av.open(str(path), **lenient)
 
 
 def _unreadable(path: str | Path, error: OSError | FFmpegError) -> UserError:
