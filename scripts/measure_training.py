@@ -10,6 +10,7 @@ written. A process measures one stage, for the device counts its peak from the p
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -35,9 +36,9 @@ from rfjax.training.update import Update, make_update
 STAGES = ("teacher", "causal-diffusion", "causal-teacher", "self_forcing")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print what a step of each player takes."""
-    args = parse()
+    args = parse(argv)
     model = load_model_config(preset_path("models", args.model))
     teacher = load_model_config(preset_path("models", args.teacher or args.model)).transformer
     stage = make_stage(args, model, teacher)
@@ -66,7 +67,7 @@ def main() -> None:
     print(f"machine: {this_machine()}")
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=STAGES, required=True)
@@ -78,7 +79,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--remat", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--steps", type=int, default=3, help="steps measured, after one that is not (default: 3)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if min(args.steps, args.batch_size, args.latent_frames) < 1:
         parser.error("--steps, --batch-size and --latent-frames are numbers from 1 on")
     if args.stage != "self_forcing" and (args.teacher or args.policy):

@@ -93,3 +93,17 @@ def test_damage_gives_all_frames_or_a_user_error(path):
     assert 30 in outcomes
     assert len(messages) > 1
     assert all("a.mp4" in message for message in messages)
+
+
+def test_a_title_need_not_be_utf8(tmp_path):
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "Zuerich"
+        stream = container.add_stream("mpeg4", rate=24, width=48, height=32)
+        picture = av.VideoFrame.from_ndarray(np.zeros((32, 48, 3), np.uint8), format="rgb24")
+        container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    content = path.read_bytes()
+    assert b"Zuerich" in content
+    path.write_bytes(content.replace(b"Zuerich", b"Z\xfcrich "))
+    assert len(list(read_frames(path))) == 1
