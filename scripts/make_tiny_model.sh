@@ -5,7 +5,7 @@
 #   scripts/make_tiny_model.sh [RUNS [FROM]]      (default: runs; needs pip install ".[train]")
 #
 # With FROM, a stage such as teacher, the stages before it are left out; their checkpoints that later ones begin with
-# (runs/vae_final/model and that of the stage before; from causal on, those of teacher and score) have to be there.
+# (runs/vae_final/model and that of the stage before; for causal, those of teacher and score) have to be there.
 set -euo pipefail
 where=$(realpath -m "${1:-"$(dirname "$0")/../runs"}")
 from=${2:-}
@@ -75,6 +75,12 @@ unless runs/trajectories rfjax data trajectories --prompts runs/shorts --checkpo
   --output runs/trajectories --count 768 --latent-frames 9 --solver-steps 16 --batch-size 32 --guidance 2.5
 stage ode
 stage self_forcing
-unless runs/moving_shapes python scripts/cast_checkpoint.py runs/self_forcing/model runs/moving_shapes bfloat16
 
-[ -z "$from" ] || { echo "there is no $from to begin from; vae_small, pictures, short, teacher or causal" >&2; exit 2; }
+section decoder
+clips redrawn_pixels --clips 1600 --test-clips 32 --frames 33 --seed 201
+unless runs/redrawn rfjax data redrawn --dataset runs/redrawn_pixels --checkpoint runs/self_forcing/model \
+  --output runs/redrawn --batch-size 32
+stage decoder
+unless runs/moving_shapes python scripts/cast_checkpoint.py runs/decoder/model runs/moving_shapes bfloat16
+
+[ -z "$from" ] || { echo "there is no $from to begin from; vae_small, pictures, short, teacher, causal or decoder" >&2; exit 2; }

@@ -46,6 +46,36 @@ def test_shapes_are_drawn_encoded_and_followed(data):
     assert open_dataset("ways", "train")[1]["trajectory"].shape == (5, 3, 2, 4, 4)
 
 
+def test_a_student_redraws_clips(data):
+    make_tiny_checkpoint(Path("tiny"))
+    data(
+        "moving-shapes",
+        "--clips",
+        "2",
+        "--test-clips",
+        "1",
+        "--frames",
+        "9",
+        "--height",
+        "16",
+        "--width",
+        "32",
+        "--output",
+        "shapes",
+    )
+    redrawn = ["redrawn", "--dataset", "shapes", "--checkpoint", "tiny", "--output", "redrawn", "--batch-size", "1"]
+    code, _, lines = data(*redrawn, "--seed", "1")
+    assert (code, lines[-1]) == (0, "3 clips redrawn in redrawn")
+    example = open_dataset("redrawn", "train")[1]
+    assert (example["video"].shape, example["latents"].shape) == ((9, 16, 32, 3), (3, 2, 4, 4))
+    code, _, lines = data(*redrawn[:-3], "other", "--frames", "5")
+    assert code == 2
+    assert lines == [
+        "rfjax: error: clips of 5 frames have 2 latent frames, and the student makes chunks of 3; "
+        "9 frames, for one, would do"
+    ]
+
+
 def test_a_video_folder_is_cut(data):
     write_video(Path("videos") / "a.mp4", [100] * 6)
     Path("captions.jsonl").write_text('{"file": "a.mp4", "caption": "gray"}')
@@ -59,7 +89,7 @@ def test_a_video_folder_is_cut(data):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "no kind given; there are: moving-shapes, video-folder, latents, trajectories"),
+        ([], "no kind given; there are: moving-shapes, video-folder, latents, redrawn, trajectories"),
         (["moving_shapes"], "unknown kind 'moving_shapes'; there are: .* did you mean 'moving-shapes'"),
         ([*SHAPES], "the following arguments are required: --output"),
         ([*SHAPES, "--output", "x", "--clip", "3"], "unknown argument '--clip'; did you mean '--clips'"),
@@ -104,7 +134,7 @@ def test_mistakes_are_one_line_and_leave_nothing(data, tmp_path, words, message)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", [[], ["moving-shapes"], ["video-folder"], ["latents"], ["trajectories"]])
+@pytest.mark.parametrize("kind", [[], ["moving-shapes"], ["video-folder"], ["latents"], ["redrawn"], ["trajectories"]])
 def test_help(data, capsys, kind):
     with pytest.raises(SystemExit) as exit:
         data(*kind, "--help")

@@ -71,8 +71,8 @@ def test_every_stage_finds_what_it_reads_and_is_run_once(make):
     code, made, errors = make()
     assert (code, errors) == (0, [])
     trained = [path.removesuffix("/model") for path in made if path.endswith("/model")]
-    assert trained[:1] + trained[-8:] == [
-        *("vae_small", "vae_final", "pictures", "short", "teacher", "score", "causal", "ode", "self_forcing")
+    assert trained[:1] + trained[-9:] == [
+        *("vae_small", "vae_final", "pictures", "short", "teacher", "score", "causal", "ode", "self_forcing", "decoder")
     ]
     assert made[-1] == "moving_shapes"
     assert make() == (0, [], [])
@@ -102,14 +102,15 @@ def test_a_student_of_the_shipped_teacher_needs_three_checkpoints(make, tmp_path
     code, made, errors = make("elsewhere", "causal")
     assert (code, errors) == (0, [])
     assert made[0] == "clips"
-    assert [path for path in made if path.endswith("/model")] == ["causal/model", "ode/model", "self_forcing/model"]
+    trained = [path.removesuffix("/model") for path in made if path.endswith("/model")]
+    assert trained == ["causal", "ode", "self_forcing", "decoder"]
     assert (tmp_path / "runs").is_symlink()
 
 
 def test_mistakes_are_one_line(make, tmp_path):
     code, made, errors = make("runs", "casual")
     assert (code, made) == (2, [])
-    assert errors == ["there is no casual to begin from; vae_small, pictures, short, teacher or causal"]
+    assert errors == ["there is no casual to begin from; vae_small, pictures, short, teacher, causal or decoder"]
     (tmp_path / "runs").mkdir(exist_ok=True)
     code, made, errors = make("elsewhere")
     assert (code, made) == (2, [])

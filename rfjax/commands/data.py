@@ -50,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     )
     _add_latents(add("latents", "encode a dataset's clips with a checkpoint's autoencoder", _RESUMES, _latents))
+    _add_redrawn(
+        add("redrawn", "let a student redraw a dataset's clips, for its decoder to learn from", _RESUMES, _redrawn)
+    )
     _add_trajectories(
         add("trajectories", "follow a teacher from noise to video, for train stage ode", _RESUMES, _trajectories)
     )
@@ -99,6 +102,14 @@ def _add_latents(kind: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also keep the captions' embeddings, so that training needs no text encoder",
     )
+    _add_computation(kind)
+
+
+def _add_redrawn(kind: argparse.ArgumentParser) -> None:
+    kind.add_argument("--dataset", metavar="DIR", type=Path, required=True, help="clips: all splits are redrawn")
+    kind.add_argument("--checkpoint", metavar="DIR", type=input_path, required=True, help="the student")
+    kind.add_argument("--frames", metavar="N", type=whole(1), help="first video frames of each clip (default: all)")
+    kind.add_argument("--seed", metavar="N", type=whole(0, 2**32 - 1), default=0, help="of the noise (default: 0)")
     _add_computation(kind)
 
 
@@ -176,6 +187,12 @@ def _latents(args: argparse.Namespace) -> None:
     from rfjax.data.latents import LatentsConfig, build_latents
 
     _compute(args, LatentsConfig, build_latents, "clips encoded")
+
+
+def _redrawn(args: argparse.Namespace) -> None:
+    from rfjax.data.latents import RedrawnConfig, build_redrawn
+
+    _compute(args, RedrawnConfig, build_redrawn, "clips redrawn")
 
 
 def _trajectories(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Datasets made by a checkpoint's networks: latents of clips, and the teacher's trajectories."""
+"""Datasets made by a checkpoint's networks: latents of clips, clips redrawn, and the teacher's trajectories."""
 
 import dataclasses
 import functools
@@ -17,12 +17,15 @@ from jaxtyping import Array, Float, UInt8
 from rfjax.config import ModelConfig, VAEConfig
 from rfjax.data.parts import Columns, Parts, Plan, Report, signature, write_in_parts
 from rfjax.data.reading import Dataset, Example, check_window, open_dataset
+from rfjax.data.redrawing import redraw
 from rfjax.data.trajectories import make_trajectories
 from rfjax.errors import UserError
 from rfjax.io.checkpoints import TOKENIZER, check_output, load_checkpoint_config, load_network
 from rfjax.io.paths import kind_of
+from rfjax.memory import create
 from rfjax.models import vae
 from rfjax.models.functional import Params
+from rfjax.models.model import Model
 from rfjax.models.text_encoder import encode_tokens
 from rfjax.models.tokenizer import Tokenizer
 from rfjax.sampling.bidirectional import noise_levels
@@ -30,6 +33,8 @@ from rfjax.sampling.codec import to_unit
 from rfjax.sampling.schedule import STEPS, few_steps
 
 READING_THREADS = 4
+REDRAWING_WINDOW = 21
+"""Latent frames that the student attends to, as in its training."""
 KEPT = ("caption", "scene")
 """What examples keep of the clips'."""
 
@@ -48,6 +53,24 @@ class LatentsConfig:
     """Whether the captions' embeddings are kept beside the latents."""
     batch_size: int = 8
     """Clips encoded together."""
+    dtype: str = "float32"
+    """Of the computation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RedrawnConfig:
+    """Which clips a student redraws."""
+
+    dataset: Path
+    """Folder of a dataset with videos; all its splits are taken."""
+    checkpoint: Path
+    """The student, with its autoencoder."""
+    frames: int | None = None
+    """First video frames of each clip that are taken; None takes whole clips."""
+    batch_size: int = 8
+    """Clips worked on together."""
+    seed: int = 0
+    """With the number of the clip it fixes its noise."""
     dtype: str = "float32"
     """Of the computation."""
 
@@ -82,6 +105,10 @@ class Latents(Parts):
     """Latents of clips."""
 
 
+class Redrawn(Parts):
+    """Clips, and beside them the latents that a student made of them."""
+
+
 class Trajectories(Parts):
     """Ways of a teacher from noise to clean latents."""
 
@@ -94,11 +121,7 @@ def build_latents(folder: Path, config: LatentsConfig, report: Report) -> None:
             folder cannot be written.
     """
     check_output(folder)
-    sources = _open_videos(config.dataset)
-    sizes = load_checkpoint_config(config.checkpoint)
-    if sizes.vae is None:
-        raise UserError(f"the checkpoint {config.checkpoint} has no autoencoder; name one that has")
-    frames = _check_clips(sources, sizes.vae, config.frames)
+    sources, frames, sizes, vae_sizes = _open_clips(config)
     networks = ("vae", "text_encoder") if config.embed_prompts else ("vae",)
     plan = Plan(
         builder=Latents,
@@ -112,17 +135,63 @@ def build_latents(folder: Path, config: LatentsConfig, report: Report) -> None:
         splits={split: len(source) for split, source in sources.items()},
         batch_size=config.batch_size,
     )
-    encode = functools.partial(_encode, sizes.vae, load_network(config.checkpoint, "vae", config.dtype))
+    encode = functools.partial(_encode, vae_sizes, load_network(config.checkpoint, "vae", config.dtype))
     embed = _Embedder(config.checkpoint, sizes, config.dtype) if config.embed_prompts else None
 
     def compute(split: str, batch: range) -> Columns:
-        examples = readers[split](batch)
-        videos = np.stack([example["video"][:frames] for example in examples])
-        columns = {name: np.array([example[name] for example in examples]) for name in KEPT if name in examples[0]}
+        videos, columns = _clips(readers[split](batch), frames)
         columns["latents"] = _stored(encode(_filled(videos, config.batch_size)), len(batch))
         if embed:
             columns["prompt_embeds"] = _stored(embed(_filled(columns["caption"], config.batch_size)), len(batch))
         return columns
+
+    with ThreadPoolExecutor(READING_THREADS) as pool:
+        readers = {split: _Reader(source, pool) for split, source in sources.items()}
+        write_in_parts(folder, plan, compute, report)
+
+
+def build_redrawn(folder: Path, config: RedrawnConfig, report: Report) -> None:
+    """Let a student redraw a dataset's clips: `video`, and `latents`, float16 [F, h, w, C], with captions and scenes.
+
+    The latents show the clips with the student's own errors, so that its decoder can learn to make the best of them
+    (stage `vae` with `decoder_only`). Batches take turns: one is left as the encoder made it, and one is redrawn from
+    each denoising step of the later half; from earlier ones things come out elsewhere, which blurs what is learnt.
+
+    Raises:
+        UserError: the dataset or checkpoint is missing or lacks a part, the clips do not fit the autoencoder or make no
+            whole chunks, or the folder cannot be written.
+    """
+    check_output(folder)
+    sources, frames, sizes, vae_sizes = _open_clips(config)
+    _check_chunks(frames, sizes, vae_sizes)
+    plan = Plan(
+        builder=Redrawn,
+        settings={
+            "dataset": signature(config.dataset / "dataset_info.json"),
+            "checkpoint": _checkpoint_signature(config.checkpoint, ("transformer", "vae", "text_encoder")),
+            "frames": frames,
+            "seed": config.seed,
+            "dtype": config.dtype,
+        },
+        splits={split: len(source) for split, source in sources.items()},
+        batch_size=config.batch_size,
+    )
+    embed = _Embedder(config.checkpoint, sizes, config.dtype)
+    transformer, autoencoder = (load_network(config.checkpoint, name, config.dtype) for name in ("transformer", "vae"))
+    model = Model(sizes, transformer, autoencoder, dtype=jnp.dtype(config.dtype))
+    steps = len(sizes.denoising_steps)
+    turns, policy = (None, *range((steps + 1) // 2, steps)), create("self_forcing", window_frames=REDRAWING_WINDOW)
+
+    def compute(split: str, batch: range) -> Columns:
+        videos, columns = _clips(readers[split](batch), frames)
+        latents = _encode(vae_sizes, autoencoder, _filled(videos, config.batch_size))
+        step = turns[batch.start // config.batch_size % len(turns)]
+        if step is not None:
+            key = jax.random.fold_in(jax.random.key(config.seed), list(sources).index(split))
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, _filled(np.array(batch), config.batch_size))
+            embeds = embed(_filled(columns["caption"], config.batch_size))
+            latents = redraw(model, policy, latents, embeds, step, keys)
+        return {**columns, "video": videos, "latents": _stored(latents, len(batch))}
 
     with ThreadPoolExecutor(READING_THREADS) as pool:
         readers = {split: _Reader(source, pool) for split, source in sources.items()}
@@ -223,6 +292,35 @@ def _encode(config: VAEConfig, params: Params, video: UInt8[Array, "B T H W 3"])
 
 
 _encode_tokens = functools.partial(jax.jit, static_argnums=0)(encode_tokens)
+
+
+def _open_clips(config: LatentsConfig | RedrawnConfig) -> tuple[dict[str, Dataset], int, ModelConfig, VAEConfig]:
+    """Return the splits of the clips, how many frames of each are taken, and the sizes of the networks."""
+    sources = _open_videos(config.dataset)
+    sizes = load_checkpoint_config(config.checkpoint)
+    if sizes.vae is None:
+        raise UserError(f"the checkpoint {config.checkpoint} has no autoencoder; name one that has")
+    return sources, _check_clips(sources, sizes.vae, config.frames), sizes, sizes.vae
+
+
+def _check_chunks(frames: int, sizes: ModelConfig, vae_sizes: VAEConfig) -> None:
+    """Make sure that clips of so many frames are whole chunks of the student, and that it can redraw anything."""
+    if len(sizes.denoising_steps) < 2:
+        raise UserError("the student denoises in one step, which sees nothing of a clip; one of 2 or more is needed")
+    chunk, group = sizes.chunk_frames, vae_sizes.temporal_factor
+    latent_frames = 1 + (frames - 1) // group
+    if latent_frames % chunk:
+        whole = max(latent_frames - latent_frames % chunk, chunk)
+        raise UserError(
+            f"clips of {frames} frames have {latent_frames} latent frames, and the student makes chunks of {chunk}; "
+            f"{1 + (whole - 1) * group} frames, for one, would do"
+        )
+
+
+def _clips(examples: Sequence[Example], frames: int) -> tuple[UInt8[np.ndarray, "B T H W 3"], Columns]:
+    """Return the videos, and what is kept beside them."""
+    kept = {name: np.array([example[name] for example in examples]) for name in KEPT if name in examples[0]}
+    return np.stack([example["video"][:frames] for example in examples]), kept
 
 
 def _filled(rows: np.ndarray, count: int) -> np.ndarray:

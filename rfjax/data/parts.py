@@ -29,8 +29,8 @@ Report = Callable[[int, int, int], None]
 """Takes how many examples are kept from earlier runs, done by now, and wanted; after every batch, and when resuming."""
 
 SETTINGS = "settings.json"
-COMPRESSED = ("prompt_embeds",)
-"""Fields that are mostly zeros."""
+COMPRESSED = ("prompt_embeds", "video")
+"""Fields that are mostly zeros, or plain."""
 
 
 @dataclasses.dataclass(frozen=True)

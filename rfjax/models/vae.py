@@ -288,6 +288,12 @@ def _statistics(config: VAEConfig) -> tuple[Float[Array, " C"], Float[Array, " C
     return jnp.asarray(config.latent_mean, jnp.float32), jnp.asarray(config.latent_std, jnp.float32)
 
 
+def denormalise(config: VAEConfig, latents: Float[Array, "*frames C"]) -> Float[Array, "*frames C"]:
+    """Undo the normalisation of latents, per channel; the result is float32, as `reconstruct` takes it."""
+    mean, std = _statistics(config)
+    return latents.astype(jnp.float32) * std + mean
+
+
 def _param_dtype(params: Params) -> Any:
     return params["quant_conv"]["kernel"].dtype
 
@@ -332,7 +338,7 @@ def reconstruct(config: VAEConfig, params: Params, z: Float[Array, "B F h w C"])
     Args:
         config: Sizes of the autoencoder.
         params: Parameters of `WanVAE`; their dtype is that of the computation and of the result.
-        z: A sample of the `posterior`.
+        z: A sample of the `posterior`, or `denormalise`d latents.
 
     Returns:
         T = 1 + 4 (F - 1) frames, about [-1, 1].
@@ -395,8 +401,7 @@ def _decode_frame(
 ) -> tuple[DecoderCache, Float[Array, "B T H W 3"]]:
     """Decode one latent frame to one video frame (the first) or to `temporal_factor` (all later ones)."""
     network = bind(WanVAE, config, params)
-    mean, std = _statistics(config)
-    z = (latent.astype(jnp.float32) * std + mean).astype(_param_dtype(params))
+    z = denormalise(config, latent).astype(_param_dtype(params))
     video, cache = network.decoder(network.post_quant_conv(z), cache, first)
     return cache, jnp.clip(video, -1, 1)
 

@@ -91,16 +91,21 @@ def _open_data(
     source = open_dataset(data.path, data.split)
     field = FIELDS[config.stage]
     transforms: list[Transform] = []
+    wanted = {field} - {None}
     if field is not None:
         _check_examples(config, model, source[0], field)
+        # Beside videos, latents are what the decoder makes them of.
+        paired = model.vae if field == "video" and "latents" in source[0] else None
+        wanted |= {"latents"} if paired else set()
         if data.frames is not None and isinstance(source, Dataset):
             check_window(source, field, data.frames)
             transforms.append(window(field, data.frames))
+            if paired:
+                transforms.append(window("latents", 1 + (data.frames - 1) // paired.temporal_factor))
         if data.crop is not None and isinstance(source, Dataset):
             height, width = data.crop
             check_crop(source, (height, width))
             transforms.append(Crop(height, width))
-    wanted = {field} - {None}
     if config.stage != "vae":
         transforms.append(tokenise(tokenizer))
         wanted |= {"ids", "mask", "prompt_embeds"}
@@ -115,6 +120,8 @@ def _check_examples(config: TrainConfig, model: ModelConfig, example: Mapping[st
             f"stage {config.stage} reads {field!r}, but the examples of {path} have {', '.join(sorted(example))}"
         )
     if field == "video":
+        if "latents" in example:
+            _check_pairs(config, model, example["latents"].shape[-1])
         return
     *_, height, width, channels = example[field].shape
     if channels != model.transformer.in_dim:
@@ -129,6 +136,25 @@ def _check_examples(config: TrainConfig, model: ModelConfig, example: Mapping[st
         raise UserError(
             f"the prompt_embeds of {path} have width {example['prompt_embeds'].shape[-1]}, but the transformer of "
             f"{config.init} takes {model.transformer.text_dim}"
+        )
+
+
+def _check_pairs(config: TrainConfig, model: ModelConfig, channels: int) -> None:
+    path = config.data.path
+    if not config.options.decoder_only:
+        raise UserError(
+            f"the videos of {path} have latents beside them, from which the decoder alone can learn; "
+            "set vae.decoder_only to true"
+        )
+    if config.data.crop is not None:
+        raise UserError(
+            f"data.crop is {list(config.data.crop)}, but the latents of {path} are of whole pictures, whose decoder "
+            "sees beyond such a piece; remove it"
+        )
+    if model.vae and channels != model.vae.z_dim:
+        raise UserError(
+            f"the latents of {path} have {channels} channels, but the autoencoder of {config.init} takes "
+            f"{model.vae.z_dim}; make them with its own checkpoint"
         )
 
 
