@@ -5,10 +5,12 @@ FOLDER/00000200/record/metadata    JSON: their shapes, types and sums, the run's
 """
 
 import contextlib
+import gc
 import json
 import logging
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -210,24 +212,32 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _quiet_orbax() -> Iterator[None]:
-    """Keep what Orbax says of a failing disk off the console; it raises as well, and that is reported in a line."""
-    logger, previous = logging.getLogger("absl"), sys.unraisablehook
+    """Keep what Orbax says of a failing disk off the console; it raises as well, and that is reported in a line.
+
+    The first write that fails ends its event loop. Of the others asyncio then finds some failed, some unfinished and
+    some never begun, and says so by its logger, by warnings and by exceptions that nobody can catch.
+    """
+    loggers, previous = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
 
     def not_of_orbax(record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname
+        return "orbax" not in record.pathname and "orbax" not in logging.Formatter().format(record)
 
     def hook(unraisable):
-        # The first write that fails ends the event loop; the others then fail to tell it so.
         if str(unraisable.exc_value) != "Event loop is closed":
             previous(unraisable)
 
-    logger.addFilter(not_of_orbax)
+    for logger in loggers:
+        logger.addFilter(not_of_orbax)
     sys.unraisablehook = hook
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"coroutine '.*' was never awaited", RuntimeWarning)
+            yield
+            gc.collect()  # the event loops that failed say it when they are forgotten
     finally:
         sys.unraisablehook = previous
-        logger.removeFilter(not_of_orbax)
+        for logger in loggers:
+            logger.removeFilter(not_of_orbax)
 
 
 def _line(error: Exception) -> str:

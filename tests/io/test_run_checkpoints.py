@@ -194,6 +194,28 @@ def test_failing_disk_is_one_line_and_the_older_checkpoint_stays(tmp_path):
     assert done.stderr.startswith("warning: the checkpoint of step 2 is not saved: ")
 
 
+MANY_FAILING = """
+    import resource, sys
+    from pathlib import Path
+    from test_run_checkpoints import *
+    states = {name: make_state(2, rows=2_000) for name in "abcd"}
+    with Checkpoints(Path(sys.argv[1]), 1) as checkpoints:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        for step in range(5):
+            checkpoints.save(step, states, READER, SETTINGS)
+            assert not checkpoints.wait()
+"""
+
+
+def test_arrays_that_fail_together_are_one_line_for_each_checkpoint(tmp_path):
+    done = run(MANY_FAILING, tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert [line.split(" is not saved")[0] for line in lines] == [
+        f"warning: the checkpoint of step {step}" for step in range(5)
+    ]
+
+
 @pytest.mark.parametrize(
     "error",
     [
