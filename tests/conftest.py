@@ -1,4 +1,4 @@
-"""Golden checkpoints, converted once a session by the project's own converter."""
+"""Checkpoints for tests: golden ones, converted once a session by the project's own converter, and a random one."""
 
 import importlib.util
 import json
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_data import make_tiny_checkpoint
 
 from checkpoints_convert.convert import convert
 from rfjax.config import load_model_config
@@ -66,6 +67,12 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tiny_checkpoint):
     return load(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A checkpoint of random weights with every network, as small as can be."""
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from tiny_data import make_tiny_checkpoint
 
 from rfjax import cli
 from rfjax.io import mirrors, ownership
@@ -63,11 +62,6 @@ def bucket(files) -> str:
     """The address of a place for one test."""
     scheme = files.protocol if isinstance(files.protocol, str) else min(files.protocol, key=len)
     return f"{scheme}://bucket/job"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
 
 
 @pytest.fixture(autouse=True)

@@ -30,11 +30,6 @@ LENGTHS = {"a red circle": 9, "a blue star": 3, "a circle": 6, "a star": 12, "a 
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
-
-
-@pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": p, "latent_frames": n}) for p, n in LENGTHS.items()))

@@ -21,11 +21,6 @@ PROMPTS = ["a red circle", "a blue star", "a star"]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
-
-
-@pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "clips"
     moving_shapes.build(folder, shapes(frames=5))

@@ -28,11 +28,6 @@ STEPS = len(TINY.denoising_steps)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
-
-
-@pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "clips"
     sizes = moving_shapes.MovingShapesConfig(train=STEPS + 1, test=1, frames=9, height=16, width=32)
