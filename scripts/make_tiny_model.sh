@@ -5,7 +5,8 @@
 #   scripts/make_tiny_model.sh [RUNS [FROM]]      (default: runs; needs pip install ".[train]")
 #
 # With FROM, a stage such as teacher, the stages before it are left out; their checkpoints that later ones begin with
-# (runs/vae_final/model and that of the stage before; for causal, those of teacher and score) have to be there.
+# (runs/vae_final/model and that of the stage before: of causal runs/score/model, of decoder runs/self_forcing/model)
+# have to be there.
 set -euo pipefail
 where=$(realpath -m "${1:-"$(dirname "$0")/../runs"}")
 from=${2:-}

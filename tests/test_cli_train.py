@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
 import jax
 import numpy as np
 import pytest
@@ -18,11 +19,17 @@ import yaml
 from tiny_data import TINY, make_tiny_checkpoint
 
 from rfjax import cli
+from rfjax.commands import training
 from rfjax.config import ModelConfig
 from rfjax.data.moving_shapes import MovingShapesConfig, build
+from rfjax.errors import UserError
 from rfjax.io.checkpoints import load
 from rfjax.io.ownership import owning
 from rfjax.io.video_reader import read_frames
+from rfjax.training import export as exporting
+from rfjax.training.config import TrainConfig
+from rfjax.training.export import export
+from rfjax.training.setup import prepare
 
 RUN = {
     "init": "start",
@@ -69,6 +76,8 @@ def data(tmp_path_factory) -> Path:
     make_tiny_checkpoint(folder / "start")
     make_tiny_checkpoint(folder / "deep", sized(num_layers=2))
     make_tiny_checkpoint(folder / "large", sized(dim=24, ffn_dim=48, num_heads=3, num_layers=2))
+    make_tiny_checkpoint(folder / "wide", sized(text_dim=12))
+    make_tiny_checkpoint(folder / "short", sized(text_len=16))
     build(folder / "pixels", MovingShapesConfig(train=3, test=1, frames=9, height=16, width=32))
     (folder / "prompts.txt").write_text("a red circle\na blue star\na star\n")
     here = os.getcwd()
@@ -76,6 +85,8 @@ def data(tmp_path_factory) -> Path:
     try:
         words = ["--checkpoint", "start", "--batch-size", "1"]
         assert cli.main(["data", "latents", "--dataset", "pixels", "--output", "latents", *words]) == 0
+        also = ["--output", "embedded", "--embed-prompts"]
+        assert cli.main(["data", "latents", "--dataset", "pixels", *also, *words]) == 0
         ways = ["--prompts", "prompts.txt", "--count", "2", "--solver-steps", "4", "--latent-frames", "3"]
         assert cli.main(["data", "trajectories", "--output", "trajectories", *ways, *words]) == 0
     finally:
@@ -100,6 +111,11 @@ def train(data, tmp_path, monkeypatch, capsys):
 
 def leaves(model):
     return jax.tree.leaves([model.transformer, model.vae, model.text_encoder])
+
+
+def assert_equal(tree, other):
+    for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.slow
@@ -212,6 +228,31 @@ def test_two_processes_learn_what_two_devices_of_one_do(data, tmp_path, monkeypa
             "sample.latent_frames is 4; stage causal makes videos in chunks of 3",
         ),
         (
+            {"stage": "self_forcing", "data": {"path": "prompts.txt", "split": "trian"}},
+            [],
+            "data.split is 'trian', but prompts.txt is a text file, which has no splits",
+        ),
+        (
+            {"stage": "teacher", "data": {"path": "embedded"}, "teacher": {"train_text_encoder": True}},
+            [],
+            "teacher.train_text_encoder is true, but embedded has the prompts' embeddings already",
+        ),
+        (
+            {
+                "stage": "self_forcing",
+                "init": "wide",
+                "data": {"path": "embedded"},
+                "self_forcing": {"teacher": "wide"},
+            },
+            [],
+            "the prompt_embeds of embedded have 8 channels, but the transformer of wide takes 12",
+        ),
+        (
+            {"stage": "teacher", "init": "short", "data": {"path": "embedded"}},
+            [],
+            "the prompt_embeds of embedded have 24 tokens, but the transformer of short takes 16",
+        ),
+        (
             {"stage": "self_forcing", "data": {"path": "prompts.txt"}},
             [],
             "self_forcing.teacher is missing; name the checkpoint folder of the real score",
@@ -275,6 +316,57 @@ def test_a_folder_in_use_is_refused_and_left_as_it_is(train, tmp_path):
     assert code == 2
     assert f"{folder} is in use by process {os.getpid()} on " in lines[-1]
     assert list(folder.iterdir()) == []
+
+
+def test_inputs_may_lie_at_addresses(data, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("start", "large", "prompts.txt"):
+        fsspec.filesystem("memory").put(str(data / name), f"/{name}", recursive=True)
+    values = {"init": "memory://start", "stage": "self_forcing", "data": {"path": "memory://prompts.txt"}}
+    scores = {"teacher": "memory://large", "critic_init": "memory://start"}
+    setup = prepare(TrainConfig.from_dict(values | {"self_forcing": scores}))
+    assert setup.source[0]["caption"] == "a red circle"
+    assert_equal(setup.frozen["teacher"], load(data / "large").transformer)
+
+
+@pytest.mark.parametrize(
+    ("platforms", "wanted"), [("cuda", "cuda,cpu"), ("tpu,cpu", "tpu,cpu"), ("", ""), (None, None)]
+)
+def test_a_run_has_the_cpu_beside_the_devices_that_jax_is_told_to_use(platforms, wanted):
+    before = jax.config.jax_platforms
+    try:
+        jax.config.update("jax_platforms", platforms)
+        training._keep_cpu()
+        assert jax.config.jax_platforms == wanted
+    finally:
+        jax.config.update("jax_platforms", before)
+
+
+def test_the_model_of_a_run_is_replaced_as_a_whole(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(data)
+    config = TrainConfig.from_dict({"init": "start", "stage": "causal", "data": {"path": "latents"}})
+    setup, folder = prepare(config), tmp_path / "run" / "model"
+    networks = {"transformer": setup.params["model"]["transformer"]}
+    (tmp_path / "run" / ".rfjax-000000000000.part").mkdir(parents=True)  # of a process that was killed
+
+    def full(*_, **__):
+        raise UserError("no space left on the disk")
+
+    export(config, setup, networks, folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "save", full)
+        with pytest.raises(UserError, match="no space"):
+            export(config, setup, networks, folder)
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, networks)
+    assert_equal(load(folder).transformer, networks["transformer"])
+    export(config, setup, doubled, folder)
+    assert_equal(load(folder).transformer, doubled["transformer"])
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+    shutil.rmtree(folder)
+    folder.write_text("of somebody else")
+    with pytest.raises(UserError, match=r"cannot write .*model: Not a directory"):
+        export(config, setup, networks, folder)
+    assert folder.read_text() == "of somebody else"
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from rfjax.commands.flags import add_batch_size, add_dtype, input_path, number, output_folder, whole
 from rfjax.errors import UserError
@@ -66,11 +65,11 @@ def _add_moving_shapes(kind: argparse.ArgumentParser) -> None:
 
 
 def _add_video_folder(kind: argparse.ArgumentParser) -> None:
-    kind.add_argument("--videos", metavar="DIR", type=Path, required=True, help="searched with the folders in it")
+    kind.add_argument("--videos", metavar="DIR", type=input_path, required=True, help="searched with the folders in it")
     kind.add_argument(
         "--captions",
         metavar="FILE",
-        type=Path,
+        type=input_path,
         help="CSV with a header, or JSON lines (.jsonl): a video a line, its path below DIR as path, file, file_name "
         "or video, and its caption, text or prompt (default: DIR/captions.csv or DIR/captions.jsonl)",
     )
@@ -94,7 +93,7 @@ def _add_sizes(kind: argparse.ArgumentParser, frames: str, height: str, width: s
 
 
 def _add_latents(kind: argparse.ArgumentParser) -> None:
-    kind.add_argument("--dataset", metavar="DIR", type=Path, required=True, help="clips: all splits are encoded")
+    kind.add_argument("--dataset", metavar="DIR", type=input_path, required=True, help="clips: all splits are encoded")
     kind.add_argument("--checkpoint", metavar="DIR", type=input_path, required=True, help="with the autoencoder")
     kind.add_argument("--frames", metavar="N", type=whole(1), help="first video frames of each clip (default: all)")
     kind.add_argument(
@@ -106,7 +105,7 @@ def _add_latents(kind: argparse.ArgumentParser) -> None:
 
 
 def _add_redrawn(kind: argparse.ArgumentParser) -> None:
-    kind.add_argument("--dataset", metavar="DIR", type=Path, required=True, help="clips: all splits are redrawn")
+    kind.add_argument("--dataset", metavar="DIR", type=input_path, required=True, help="clips: all splits are redrawn")
     kind.add_argument("--checkpoint", metavar="DIR", type=input_path, required=True, help="the student")
     kind.add_argument("--frames", metavar="N", type=whole(1), help="first video frames of each clip (default: all)")
     kind.add_argument("--seed", metavar="N", type=whole(0, 2**32 - 1), default=0, help="of the noise (default: 0)")
@@ -117,7 +116,7 @@ def _add_trajectories(kind: argparse.ArgumentParser) -> None:
     kind.add_argument(
         "--prompts",
         metavar="PATH",
-        type=Path,
+        type=input_path,
         required=True,
         help="text file with a prompt a line, or dataset whose captions are taken",
     )

@@ -22,7 +22,7 @@ from rfjax.training.loop import best_networks, mesh_of, train
 from rfjax.training.setup import Setup, prepare
 
 MODEL = "model"
-_LESS_MEMORY = "remat, a larger accumulate (both with --set) or mesh.fsdp on more devices need less"
+_LESS_MEMORY = "a larger accumulate (both with --set) or mesh.fsdp on more devices need less"
 
 
 def run(config: TrainConfig, folder: Path, processes: Processes | None = ALONE) -> None:
@@ -37,17 +37,19 @@ def run(config: TrainConfig, folder: Path, processes: Processes | None = ALONE) 
         UserError: an input is wrong, the folder cannot be written or is another run's now, or the loss diverged.
         KeyboardInterrupt: Ctrl-C was pressed; the state is saved.
     """
+    _keep_cpu()
     if processes != ALONE:
         _join(processes)
     if config.sample is not None and jax.process_count() > 1:
         raise UserError("several processes make no sample videos; leave sample out with --set sample=null")
     console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=jax.process_index() > 0)
     mesh = mesh_of(config)
+    smaller = "data.crop" if config.stage == "vae" else "remat"
     try:
         # Whole networks are loaded; the first device alone would have to hold all of them.
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             setup = prepare(config)
-        with _first_process_owning(folder), out_of_memory_says(_LESS_MEMORY):
+        with _first_process_owning(folder), out_of_memory_says(f"{smaller}, {_LESS_MEMORY}"):
             _train(config, setup, mesh, folder, console)
     except Terminated:  # before the first step or after the last
         console.print("stopped; nothing is lost, and the same command goes on")
@@ -71,6 +73,13 @@ def _train(config: TrainConfig, setup: Setup, mesh: jax.sharding.Mesh, folder: P
         console.print(f"{folder / MODEL} after {time.monotonic() - began:.0f} s", markup=False)
     if jax.process_count() > 1:  # JAX ends a process that writes while the others have left
         multihost_utils.sync_global_devices("rfjax.commands.training")
+
+
+def _keep_cpu() -> None:
+    """Let JAX have the CPU, on which networks are loaded, where JAX_PLATFORMS names other devices alone."""
+    platforms = jax.config.jax_platforms
+    if platforms and "cpu" not in platforms.split(","):
+        jax.config.update("jax_platforms", f"{platforms},cpu")
 
 
 def _join(processes: Processes | None) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -171,7 +172,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except UnicodeDecodeError as error:
         raise UserError(f"the captions {path} are not UTF-8 (byte {error.start}); save them as UTF-8") from None
     if path.suffix.lower() == ".csv":
-        reader = csv.DictReader(text.splitlines(keepends=True), skipinitialspace=True)
+        reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
         try:
             for row in reader:
                 if None in row:
@@ -253,8 +254,8 @@ def _divide(used: list[Video], test_share: float) -> dict[str, list[Video]]:
         )
     if not tests:
         return {"train": used}
-    chosen = sorted(used, key=lambda video: (zlib.crc32(video.name.encode()), video.name))[:tests]
-    return {"train": [video for video in used if video not in chosen], "test": sorted(chosen, key=lambda v: v.name)}
+    chosen = {v.name for v in sorted(used, key=lambda v: (zlib.crc32(v.name.encode()), v.name))[:tests]}
+    return {split: [v for v in used if (v.name in chosen) == (split == "test")] for split in ("train", "test")}
 
 
 def _next(examples: Iterator[dict[str, Any]], index: int) -> dict[str, Any]:

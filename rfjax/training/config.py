@@ -10,9 +10,6 @@ import yaml
 from rfjax.config import _Config, preset_path, read_mapping
 from rfjax.errors import UserError, nearest
 
-STAGES = ("vae", "teacher", "causal", "ode", "self_forcing")
-"""In the order in which a model goes through them."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig(_Config):
@@ -49,19 +46,24 @@ class OptimizerConfig(_Config):
     clip_norm: float | None = None
     """Largest norm of a gradient, all parameters together."""
 
-    def __post_init__(self):
+    def check(self, where: str) -> None:
+        """Check the values of the optimizer that the run has at `where`.
+
+        Raises:
+            UserError: one is out of its range.
+        """
         if self.name not in ("adamw", "muon"):
-            raise UserError(f"optimizer.name is {self.name!r}; adamw or muon is needed")
+            raise UserError(f"{where}.name is {self.name!r}; adamw or muon is needed")
         if self.schedule not in ("constant", "cosine"):
-            raise UserError(f"optimizer.schedule is {self.schedule!r}; constant or cosine is needed")
+            raise UserError(f"{where}.schedule is {self.schedule!r}; constant or cosine is needed")
         if self.learning_rate <= 0:
-            raise UserError(f"optimizer.learning_rate is {self.learning_rate:g}; a positive number is needed")
+            raise UserError(f"{where}.learning_rate is {self.learning_rate:g}; a positive number is needed")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"optimizer.betas is {list(self.betas)}; two numbers from 0 to below 1 are needed")
+            raise UserError(f"{where}.betas is {list(self.betas)}; two numbers from 0 to below 1 are needed")
         if self.weight_decay < 0:
-            raise UserError(f"optimizer.weight_decay is {self.weight_decay:g}; a number from 0 on is needed")
+            raise UserError(f"{where}.weight_decay is {self.weight_decay:g}; a number from 0 on is needed")
         if self.clip_norm is not None and self.clip_norm <= 0:
-            raise UserError(f"optimizer.clip_norm is {self.clip_norm:g}; a positive number is needed")
+            raise UserError(f"{where}.clip_norm is {self.clip_norm:g}; a positive number is needed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -208,6 +210,17 @@ class SelfForcingOptions(_Config):
             )
 
 
+_OPTIONS = {
+    "vae": VAEOptions,
+    "teacher": TeacherOptions,
+    "causal": CausalOptions,
+    "ode": ODEOptions,
+    "self_forcing": SelfForcingOptions,
+}
+STAGES = tuple(_OPTIONS)
+"""In the order in which a model goes through them."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig(_Config):
     """One run of one stage."""
@@ -235,6 +248,7 @@ class TrainConfig(_Config):
     """Steps between two lines of metrics."""
     sample: SampleConfig | None = None
     vae: VAEOptions | None = None
+    """The stage's own options, which are there by default; those of other stages are None. So with the next four."""
     teacher: TeacherOptions | None = None
     causal: CausalOptions | None = None
     ode: ODEOptions | None = None
@@ -244,8 +258,12 @@ class TrainConfig(_Config):
         for name in STAGES:
             if name != self.stage and getattr(self, name) is not None:
                 raise UserError(f"the run's stage is {self.stage!r}, but it has options for {name!r}; remove them")
-        if self.data.crop is not None and self.stage != "vae":
-            raise UserError(f"data.crop is {list(self.data.crop)}, but stage {self.stage} reads no pictures; remove it")
+        if self.stage in STAGES and getattr(self, self.stage) is None:
+            object.__setattr__(self, self.stage, _OPTIONS[self.stage]())
+        self.optimizer.check("optimizer")
+        if self.self_forcing is not None:
+            self.self_forcing.critic.check("self_forcing.critic")
+        self._check_use()
         if self.batch_size % self.accumulate:
             raise UserError(f"batch_size is {self.batch_size}; a multiple of accumulate ({self.accumulate}) is needed")
         if self.vae is not None and self.vae.decoder_only and self.optimizer.weight_decay:
@@ -253,20 +271,30 @@ class TrainConfig(_Config):
                 f"optimizer.weight_decay is {self.optimizer.weight_decay:g}; with vae.decoder_only, 0 is needed, "
                 "lest the encoder's parameters decay"
             )
-        if self.stage != "vae" and self.sample is not None and not self.sample.prompts:
+
+    def _check_use(self) -> None:
+        """Refuse what the stage has no use for, and miss what it needs."""
+        if self.data.crop is not None and self.stage != "vae":
+            raise UserError(f"data.crop is {list(self.data.crop)}, but stage {self.stage} reads no pictures; remove it")
+        if self.data.frames is not None and self.stage == "self_forcing":
+            raise UserError(
+                f"data.frames is {self.data.frames}, but stage self_forcing reads prompts alone; the length of its "
+                "rollouts is self_forcing.latent_frames"
+            )
+        if self.remat and self.stage == "vae":
+            raise UserError("remat is true, but stage vae has none; a larger accumulate or data.crop needs less memory")
+        if self.sample is None:
+            return
+        if self.stage != "vae" and not self.sample.prompts:
             raise UserError("sample.prompts is missing; name a prompt or more, or leave sample out")
+        for name in ("prompts", "latent_frames") if self.stage == "vae" else ():
+            if (value := getattr(self.sample, name)) != getattr(SampleConfig, name):
+                raise UserError(f"sample.{name} is {value!r}, but stage vae shows clips of its data; remove it")
 
     @property
     def options(self) -> Any:
-        """The stage's own options, by default where the file has none."""
-        kinds = {
-            "vae": VAEOptions,
-            "teacher": TeacherOptions,
-            "causal": CausalOptions,
-            "ode": ODEOptions,
-            "self_forcing": SelfForcingOptions,
-        }
-        return getattr(self, self.stage) or kinds[self.stage]()
+        """The stage's own options."""
+        return getattr(self, self.stage)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "train") -> "TrainConfig":

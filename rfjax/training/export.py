@@ -13,8 +13,10 @@ import numpy as np
 
 from rfjax.config import ModelConfig, VAEConfig
 from rfjax.data.reading import batches
+from rfjax.errors import UserError
 from rfjax.io.atomic import temporary_name
 from rfjax.io.checkpoints import TOKENIZER, save
+from rfjax.io.remote import local
 from rfjax.models.functional import Params
 from rfjax.models.vae import posterior
 from rfjax.sampling.codec import to_unit
@@ -23,13 +25,13 @@ from rfjax.training.setup import Setup
 
 
 def export(config: TrainConfig, setup: Setup, networks: Mapping[str, Params], folder: Path) -> None:
-    """Write a checkpoint folder, in place of an older one.
+    """Write a checkpoint folder, in place of an older one, which stays until the new one is complete.
 
     Args:
         config: of the run; networks that it did not train are copied from its `init`.
         setup: of the run.
         networks: what was trained, by name.
-        folder: to be written.
+        folder: to be written, in the run's own folder.
 
     Raises:
         UserError: the folder cannot be written.
@@ -37,14 +39,23 @@ def export(config: TrainConfig, setup: Setup, networks: Mapping[str, Params], fo
     model = setup.model
     if config.stage == "vae" and not config.options.decoder_only:
         model = _with_statistics(config, setup, networks["vae"])
-    tokenizer, whole = Path(config.init) / TOKENIZER, temporary_name(folder)
+    init = local(config.init)
+    tokenizer, whole, older = init / TOKENIZER, temporary_name(folder), temporary_name(folder)
+    _remove(*folder.parent.glob(".rfjax-*.part"))  # of a process that was killed here
     try:
-        save(whole, model, networks, tokenizer if tokenizer.is_dir() else None, rest=Path(config.init))
-        if folder.exists():  # of the same run with fewer steps
-            shutil.rmtree(folder)
+        save(whole, model, networks, tokenizer if tokenizer.is_dir() else None, rest=init)
+        if folder.is_dir():  # of the same run, perhaps with fewer steps
+            folder.rename(older)
         whole.rename(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
     finally:
-        shutil.rmtree(whole, ignore_errors=True)
+        _remove(whole, older)
+
+
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _with_statistics(config: TrainConfig, setup: Setup, params: Params) -> ModelConfig:

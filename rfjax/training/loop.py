@@ -113,6 +113,11 @@ class _Run:
             self._compare(checkpoints.settings(checkpoints.latest))
         step, state, position = checkpoints.restore(None, self.like)
         self._compare(checkpoints.settings(step))
+        if step > self.config.steps:
+            raise UserError(
+                f"steps is {self.config.steps}, but the run in this folder has done {step}; ask for as many or more, "
+                "or choose another --output"
+            )
         reader.set_state(position)
         return state, step, reader
 

@@ -9,14 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from rfjax.config import ModelConfig, TransformerConfig
-from rfjax.data.reading import Crop, Dataset, Transform, check_crop, check_window, open_dataset, tokenise, window
+from rfjax.data.reading import (
+    Crop,
+    Dataset,
+    Prompts,
+    Transform,
+    check_crop,
+    check_window,
+    open_dataset,
+    tokenise,
+    window,
+)
 from rfjax.errors import UserError
 from rfjax.io.checkpoints import TOKENIZER, load_checkpoint_config, load_network
+from rfjax.io.remote import local
 from rfjax.memory import parse
 from rfjax.models.functional import AnyArray, Params
 from rfjax.models.text_encoder import encode_tokens
 from rfjax.models.tokenizer import Tokenizer
-from rfjax.training.config import SelfForcingOptions, TrainConfig
+from rfjax.training.config import DataConfig, SelfForcingOptions, TrainConfig
 from rfjax.training.stage import Stage
 from rfjax.training.stages.causal import CausalStage
 from rfjax.training.stages.ode import ODEStage
@@ -54,7 +65,7 @@ def prepare(config: TrainConfig) -> Setup:
     Raises:
         UserError: a checkpoint or dataset is missing, lacks a part that the stage needs, or does not fit.
     """
-    folder = Path(config.init)
+    folder = local(config.init)
     model = load_checkpoint_config(folder)
     _check_sample(config, model)
     stage, tokenizer = _stage(config, model, folder), _tokenizer(folder, model)
@@ -65,7 +76,7 @@ def prepare(config: TrainConfig) -> Setup:
         params["critic"] = {"transformer": _first_critic(config, model)}
         for option in TEACHERS:
             if folder := getattr(config.options, option):
-                frozen[option] = load_network(Path(folder), "transformer", config.dtype)
+                frozen[option] = load_network(local(folder), "transformer", config.dtype)
     frozen |= _fixed_prompts(config, model, tokenizer, frozen)
     return Setup(stage, model, params, frozen, source, transforms, tokenizer)
 
@@ -88,7 +99,9 @@ def _open_data(
     config: TrainConfig, model: ModelConfig, tokenizer: Tokenizer | None
 ) -> tuple[Any, tuple[Transform, ...]]:
     data = config.data
-    source = open_dataset(data.path, data.split)
+    source = open_dataset(local(data.path), data.split)
+    if isinstance(source, Prompts) and data.split != DataConfig.split:
+        raise UserError(f"data.split is {data.split!r}, but {data.path} is a text file, which has no splits; remove it")
     field = FIELDS[config.stage]
     transforms: list[Transform] = []
     wanted = {field} - {None}
@@ -107,6 +120,8 @@ def _open_data(
             check_crop(source, (height, width))
             transforms.append(Crop(height, width))
     if config.stage != "vae":
+        if "prompt_embeds" in source[0]:
+            _check_embeds(config, model, source[0]["prompt_embeds"].shape)
         transforms.append(tokenise(tokenizer))
         wanted |= {"ids", "mask", "prompt_embeds"}
     transforms.append(lambda example: {key: np.asarray(value) for key, value in example.items() if key in wanted})
@@ -132,11 +147,23 @@ def _check_examples(config: TrainConfig, model: ModelConfig, example: Mapping[st
     for name, size, patch in zip(("rows", "columns"), (height, width), model.transformer.patch_size[1:], strict=True):
         if size % patch:
             raise UserError(f"the {field} of {path} have {size} {name}; a multiple of the patch's {patch} is needed")
-    if "prompt_embeds" in example and example["prompt_embeds"].shape[-1] != model.transformer.text_dim:
+
+
+def _check_embeds(config: TrainConfig, model: ModelConfig, shape: tuple[int, ...]) -> None:
+    path = config.data.path
+    if _trains_text(config):
         raise UserError(
-            f"the prompt_embeds of {path} have width {example['prompt_embeds'].shape[-1]}, but the transformer of "
-            f"{config.init} takes {model.transformer.text_dim}"
+            f"teacher.train_text_encoder is true, but {path} has the prompts' embeddings already; set it to false, or "
+            "make the latents without --embed-prompts"
         )
+    for name, size, wanted in zip(
+        ("tokens", "channels"), shape, (model.transformer.text_len, model.transformer.text_dim), strict=True
+    ):
+        if size != wanted:
+            raise UserError(
+                f"the prompt_embeds of {path} have {size} {name}, but the transformer of {config.init} takes {wanted}; "
+                "embed the prompts with its own text encoder"
+            )
 
 
 def _check_pairs(config: TrainConfig, model: ModelConfig, channels: int) -> None:
@@ -189,14 +216,14 @@ def _teacher_sizes(config: TrainConfig, model: ModelConfig, option: str) -> Tran
     folder = getattr(config.options, option)
     if not folder:
         return None
-    sizes = load_checkpoint_config(Path(folder)).transformer
+    sizes = load_checkpoint_config(local(folder)).transformer
     _check_sizes(config, model, option, sizes, SHARED_SIZES, "a teacher of the same latents and prompts is needed")
     return sizes
 
 
 def _first_critic(config: TrainConfig, model: ModelConfig) -> Params:
     option = "critic_init" if config.options.critic_init else "teacher"
-    folder = Path(getattr(config.options, option))
+    folder = local(getattr(config.options, option))
     sizes = load_checkpoint_config(folder).transformer
     needed = "name a checkpoint of the generator's sizes in self_forcing.critic_init, for the critic to begin as"
     _check_sizes(config, model, option, sizes, [field.name for field in dataclasses.fields(sizes)], needed)
@@ -239,7 +266,7 @@ def _fixed_prompts(
             f"{name}_{part}": a for name, pair in tokens.items() for part, a in zip(("ids", "mask"), pair, strict=True)
         }
     # Loaded for these alone where the data has embeddings, and let go of.
-    params = frozen.get("text_encoder") or load_network(Path(config.init), "text_encoder", config.dtype)
+    params = frozen.get("text_encoder") or load_network(local(config.init), "text_encoder", config.dtype)
     return {
         f"{name}_embeds": encode_tokens(model.umt5, params, *map(jnp.asarray, pair)) for name, pair in tokens.items()
     }

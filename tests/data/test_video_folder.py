@@ -143,6 +143,12 @@ def test_captions_of_the_usual_names_and_of_json_lines(tmp_path):
             assert read_captions(config(tmp_path)) == wanted
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\v", "\f", "\x1c"])
+def test_captions_with_separators_of_lines_that_end_none_stay_whole(tmp_path, separator):
+    (tmp_path / "c.csv").write_text(f"file,caption\na.mp4,a cat{separator}on a mat\n", encoding="utf-8")
+    assert read_captions(config(tmp_path, captions=tmp_path / "c.csv")) == {"a.mp4": "a cat on a mat"}
+
+
 @pytest.mark.parametrize(
     ("name", "text", "match"),
     [

@@ -110,6 +110,13 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path):
     assert int(learn(run_config("teacher", steps=2), line_setup(), tmp_path).step) == 2
 
 
+def test_fewer_steps_than_are_done_are_refused(tmp_path):
+    learn(run_config("teacher", steps=3), line_setup(), tmp_path)
+    with pytest.raises(UserError, match="steps is 2, but the run in this folder has done 3; ask for as many or more"):
+        learn(run_config("teacher", steps=2), line_setup(), tmp_path)
+    assert int(learn(run_config("teacher", steps=3), line_setup(), tmp_path).step) == 3
+
+
 def test_a_run_that_is_older_than_an_option_goes_on(tmp_path, monkeypatch):
     config = run_config("teacher", steps=1, teacher=TeacherOptions())
     learn(config, line_setup(), tmp_path)

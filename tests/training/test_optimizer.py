@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rfjax.errors import UserError
 from rfjax.training.config import OptimizerConfig
 from rfjax.training.optimizer import learning_rate, make_optimizer
 
@@ -69,8 +68,3 @@ def test_muon_orthogonalises_the_layers_matrices_and_leaves_the_rest_to_adamw():
         assert singular.max() < 1.3
         ours, _, theirs = np.linalg.svd(np.asarray(gradient["blocks"]["ffn"]["kernel"][layer]), full_matrices=False)
         assert np.sum(step * (ours @ theirs)) > 0.95 * np.linalg.norm(step) * np.linalg.norm(ours @ theirs)
-
-
-def test_unknown_optimizer_is_refused():
-    with pytest.raises(UserError, match=r"optimizer\.name is 'lion'; adamw or muon is needed"):
-        OptimizerConfig(name="lion")

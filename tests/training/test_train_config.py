@@ -2,7 +2,7 @@ import pytest
 
 from rfjax.config import preset_names, preset_path
 from rfjax.errors import UserError
-from rfjax.training.config import TrainConfig, find_config, load_train_config
+from rfjax.training.config import STAGES, TrainConfig, find_config, load_train_config
 
 SMALLEST = {"stage": "vae", "init": "start", "data": {"path": "clips"}}
 
@@ -37,6 +37,13 @@ def test_the_published_preset_has_the_published_numbers():
         ({"data": {"path": "clips", "frame": 3}}, r"data\.frame is not a known setting; did you mean 'frames'"),
         ({"data": {"path": "clips", "crop": [32]}}, r"data\.crop is \[32\]; rows and columns are needed"),
         ({"stage": "ode", "data": {"path": "clips", "crop": [32, 48]}}, r"crop is \[32, 48\], but stage ode reads no"),
+        (
+            {"stage": "self_forcing", "data": {"path": "clips", "frames": 9}},
+            "frames is 9, but .* self_forcing.latent_fra",
+        ),
+        ({"remat": True}, "remat is true, but stage vae has none"),
+        ({"sample": {"prompts": ["a"]}}, r"sample\.prompts is \('a',\), but stage vae shows clips of its data"),
+        ({"sample": {"latent_frames": 3}}, r"sample\.latent_frames is 3, but stage vae shows"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": True}, "seed is True"),
         ({"dtype": "float16"}, "dtype is 'float16'"),
@@ -48,7 +55,12 @@ def test_the_published_preset_has_the_published_numbers():
         ),
         ({"stage": "self_forcing", "self_forcing": {"weak_guidance": 0.5}}, "is '' and weak_guidance 0.5; they go"),
         ({"teacher": {}}, "stage is 'vae', but it has options for 'teacher'"),
+        ({"optimizer": {"name": "lion"}}, r"optimizer\.name is 'lion'; adamw or muon is needed"),
         ({"optimizer": {"schedule": "linear"}}, "schedule is 'linear'"),
+        (
+            {"stage": "self_forcing", "self_forcing": {"critic": {"learning_rate": -1}}},
+            r"^self_forcing\.critic\.learning_rate is -1",
+        ),
         ({"optimizer": {"learning_rate": 0}}, "learning_rate is 0"),
         ({"optimizer": {"betas": [0.9]}}, r"betas is \[0\.9\]"),
         ({"optimizer": {"clip_norm": 0}}, "clip_norm is 0"),
@@ -64,6 +76,15 @@ def test_the_published_preset_has_the_published_numbers():
 def test_wrong_values_are_named(change, message):
     with pytest.raises(UserError, match=message):
         TrainConfig.from_dict(SMALLEST | change)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_stages_own_defaults_are_written_out(stage):
+    config = TrainConfig.from_dict(SMALLEST | {"stage": stage})
+    written = config.to_dict()
+    assert written[stage] == config.options.to_dict()
+    assert {name for name in STAGES if name in written} == {stage}
+    assert TrainConfig.from_dict(SMALLEST | {"stage": stage, stage: written[stage]}) == config
 
 
 def test_nothing_is_an_empty_text(tmp_path):
