@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from rfjax.commands.interruptions import Terminated, termination_raises
+from rfjax.commands.interruptions import Terminated, signals_raise
 from rfjax.errors import UserError, nearest
 from rfjax.io.paths import cache_folder
 from rfjax.version import rfjax_version
@@ -126,9 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     try:
-        args = _parse(argv)
-        _keep_compiled_programs()
-        with termination_raises():
+        with signals_raise():
+            args = _parse(argv)
+            _keep_compiled_programs()
             args.run(args)
     except UserError as error:
         message = " ".join(str(error).splitlines())

@@ -74,9 +74,13 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
+_KINDS = {int: "a whole number", bool: "true or false", str: "a text"}
+
+
 def _read(hint: Any, value: Any, where: str) -> Any:
     """Convert a plain value to the annotated type, or say what is wrong with it."""
-    if typing.get_origin(hint) is types.UnionType:
+    optional = typing.get_origin(hint) is types.UnionType
+    if optional:
         if value is None:
             return None
         hint = next(option for option in typing.get_args(hint) if option is not type(None))
@@ -94,9 +98,10 @@ def _read(hint: Any, value: Any, where: str) -> Any:
     if hint is str and value is None:  # how YAML reads a key with nothing behind it
         return ""
     if type(value) is not hint:
-        raise UserError(f"{where} is {value!r}; {hint.__name__} is needed")
+        raise UserError(f"{where} is {value!r}; {_KINDS.get(hint, hint.__name__)} is needed")
     if isinstance(value, int) and hint is int and value < 1:
-        raise UserError(f"{where} is {value}; a positive whole number is needed")
+        none = ", or null for none" if optional else ""
+        raise UserError(f"{where} is {value}; a positive whole number is needed{none}")
     return value
 
 
@@ -284,13 +289,17 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the configuration {path}: {error}") from None
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"the configuration {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: a date without such a day, too
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {reason}") from None
+    if values is None:
+        raise UserError(f"{path} is empty; a mapping of settings is needed")
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds {type(values).__name__}; a mapping of settings is needed")
+        raise UserError(f"{path} holds a {type(values).__name__}; a mapping of settings is needed")
     return values
 
 

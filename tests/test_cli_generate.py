@@ -1,5 +1,6 @@
 """`rfjax generate` from the command line to the files, on a checkpoint of golden sizes with random weights."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -19,12 +20,14 @@ import tokenizers
 
 from rfjax import cli
 from rfjax.commands import generation, production
+from rfjax.commands.generate import add_arguments, read_inputs
 from rfjax.commands.plan import make_plan
 from rfjax.config import load_model_config
 from rfjax.errors import UserError
 from rfjax.io.checkpoints import load, parameter_trees, save
 from rfjax.io.manifest import read_jobs
 from rfjax.io.ownership import owning
+from rfjax.io.prompts import Request
 from rfjax.io.video import VideoWriter, read_video
 from rfjax.memory import create
 from rfjax.sampling.batch import Batch
@@ -110,6 +113,13 @@ def test_one_prompt_gives_video_metadata_and_timeline(generate):
     assert record["model"]["path"].endswith("tiny")
     assert record["versions"].keys() == {"rfjax", "jax", "flax", "python"}
     assert len(record["timings"]["chunk_seconds"]) == 4
+
+
+def test_every_prompt_of_several_is_asked_for():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args(["--prompt", "a cat ", "--prompt", "a dog"])
+    assert read_inputs(args)[0] == [Request("a cat"), Request("a dog")]
 
 
 @pytest.mark.slow

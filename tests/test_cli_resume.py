@@ -152,7 +152,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(generate, expected, tmp_pat
     code, _, err = generate("--checkpoint-every", "1")
     assert code == 0
     assert "is damaged" in err[0]
-    assert "the one before is taken" in err[0]
+    assert "the one before is tried" in err[0]
     check_complete(tmp_path / "o", expected)
 
 

@@ -221,14 +221,22 @@ def test_two_processes_learn_what_two_devices_of_one_do(data, tmp_path, monkeypa
         ({"stage": "vae", "data": {"path": "pixels"}, "init": "gone"}, [], "the checkpoint folder gone does not exist"),
         ({"stage": "vae", "data": {"path": "pixels"}}, ["--set", "mesh.data=3"], "which does not make 1 devices"),
         ({"stage": "vae", "data": {"path": "pixels"}}, ["--set", "stps=3"], "stps is not a known setting.*'steps'"),
-        ({"stage": "vae", "data": {"path": "pixels"}}, ["--set", "steps"], "'steps' is not KEY=VALUE"),
+        (
+            {"stage": "vae", "data": {"path": "pixels"}},
+            ["--set", "steps"],
+            "'steps' is not KEY=VALUE, such as optimizer",
+        ),
         (
             {"stage": "causal", "data": {"path": "latents"}, "sample": {"prompts": ["a"], "latent_frames": 4}},
             [],
             "sample.latent_frames is 4; stage causal makes videos in chunks of 3",
         ),
         (
-            {"stage": "self_forcing", "data": {"path": "prompts.txt", "split": "trian"}},
+            {
+                "stage": "self_forcing",
+                "data": {"path": "prompts.txt", "split": "trian"},
+                "self_forcing": {"teacher": "start"},
+            },
             [],
             "data.split is 'trian', but prompts.txt is a text file, which has no splits",
         ),
@@ -270,6 +278,13 @@ def test_mistakes_are_one_line(values, words, message, train, tmp_path):
     assert len(lines) == 1
     assert re.search(message, lines[0]), lines[0]
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(train, data):
+    code, lines = train(RUN | STAGES["causal"] | {"stage": "causal"}, output=data / "pixels")
+    assert code == 2
+    assert "pixels holds dataset_info.json but no run; an empty folder is needed" in lines[-1]
+    assert not (data / "pixels" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(
@@ -333,11 +348,11 @@ def test_inputs_may_lie_at_addresses(data, monkeypatch, tmp_path):
     ("platforms", "wanted"), [("cuda", "cuda,cpu"), ("tpu,cpu", "tpu,cpu"), ("", ""), (None, None)]
 )
 def test_a_run_has_the_cpu_beside_the_devices_that_jax_is_told_to_use(platforms, wanted):
-    before = jax.config.jax_platforms
+    before = jax.config.values["jax_platforms"]
     try:
         jax.config.update("jax_platforms", platforms)
         training._keep_cpu()
-        assert jax.config.jax_platforms == wanted
+        assert jax.config.values["jax_platforms"] == wanted
     finally:
         jax.config.update("jax_platforms", before)
 

@@ -23,8 +23,8 @@ def test_the_golden_configuration_is_read_as_it_stands():
         ({"transformer": {"nun_heads": 2}}, "transformer.nun_heads is not a known setting; did you mean 'num_heads'"),
         ({"transformer": {"num_heads": 0}}, "num_heads is 0; a positive whole number"),
         ({"transformer": {"num_heads": 7}}, "dim 1536 over num_heads 7"),
-        ({"transformer": {"dim": "64"}}, "transformer.dim is '64'; int is needed"),
-        ({"transformer": {"dim": True}}, "transformer.dim is True; int is needed"),
+        ({"transformer": {"dim": "64"}}, "transformer.dim is '64'; a whole number is needed"),
+        ({"transformer": {"dim": True}}, "transformer.dim is True; a whole number is needed"),
         ({"transformer": {"qk_norm": False}}, "qk_norm is False; rfjax has this network with True only"),
         ({"transformer": {"patch_size": [2, 2, 2]}}, "patch_size is (2, 2, 2); rfjax needs (1, rows, columns)"),
         ({"transformer": 3}, "config.transformer is 3; a mapping is needed"),
@@ -55,14 +55,16 @@ def test_mistakes_are_named(change, message):
     [
         ("a.json", "{", "not valid JSON"),
         ("a.yaml", "a: [", "not valid YAML"),
-        ("a.yaml", "- 1", "holds list; a mapping"),
+        ("a.yaml", "- 1", "holds a list; a mapping"),
         ("a.json", "[" * 100_000, "not valid JSON"),
-        ("missing.yaml", None, "cannot read"),
+        ("a.yaml", "# nothing", "is empty; a mapping"),
+        ("a.yaml", "description: \xe9", r"a\.yaml is not UTF-8 \(byte 13\); save it as UTF-8"),
+        ("missing.yaml", None, r"cannot read the configuration .*missing\.yaml: No such file or directory$"),
     ],
 )
 def test_unreadable_files(tmp_path, name, text, message):
     if text is not None:
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=message):
         load_model_config(tmp_path / name)
 

@@ -36,12 +36,16 @@ def number(text: str) -> float:
         return math.nan
 
 
-def setting(text: str) -> tuple[str, str]:
-    """Read `KEY=VALUE`."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, such as history_frames=2")
-    return key, value
+def setting(example: str) -> Callable[[str], tuple[str, str]]:
+    """Return the reader of `KEY=VALUE`."""
+
+    def parse(text: str) -> tuple[str, str]:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, such as {example}")
+        return key, value
+
+    return parse
 
 
 def input_path(text: str) -> Path:
@@ -96,7 +100,7 @@ def processes(text: str) -> Processes | None:
     return Processes(address, count, index)
 
 
-def add_settings(parser: argparse._ActionsContainer, what: str) -> None:
+def add_settings(parser: argparse._ActionsContainer, what: str, example: str) -> None:
     """Declare `--set KEY=VALUE ...`, which may be repeated."""
     parser.add_argument(
         "--set",
@@ -104,9 +108,9 @@ def add_settings(parser: argparse._ActionsContainer, what: str) -> None:
         nargs="+",
         action="extend",
         default=[],
-        type=setting,
+        type=setting(example),
         dest="settings",
-        help=f"{what}; one or more, and may be repeated",
+        help=f"{what}, such as {example}; one or more, and may be repeated",
     )
 
 

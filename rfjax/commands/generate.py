@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from rfjax.commands.flags import (
@@ -34,7 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_what(what: argparse._ArgumentGroup) -> None:
     source = what.add_mutually_exclusive_group()
-    source.add_argument("--prompt", metavar="TEXT", help="what the video shows (default: two moving shapes)")
+    source.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        action="append",
+        help="what the video shows; may be repeated, for more videos (default: two moving shapes)",
+    )
     source.add_argument(
         "--prompt-file",
         metavar="FILE",
@@ -90,7 +96,7 @@ def _add_how(how: argparse._ArgumentGroup) -> None:
         default="relax_forcing",
         help="memory policy or preset of one, a preset's file (.yaml), or FILE.py:CLASS (default: relax_forcing)",
     )
-    add_settings(how, "a setting of the policy, such as history_frames=2")
+    add_settings(how, "a setting of the policy", "history_frames=2")
     how.add_argument(
         "--sampler",
         choices=("chunk", "rolling"),
@@ -171,7 +177,7 @@ def read_inputs(args: argparse.Namespace) -> tuple[list[Request], list[Scheduled
     return [Request(schedule[0].prompt)], schedule
 
 
-def read_requests(prompt: str | None, prompt_file: Path | None) -> list[Request]:
+def read_requests(given: Sequence[str] | None, prompt_file: Path | None) -> list[Request]:
     """Return the prompts asked for, the default one if there are none.
 
     Raises:
@@ -179,15 +185,17 @@ def read_requests(prompt: str | None, prompt_file: Path | None) -> list[Request]
     """
     if prompt_file is not None:
         return prompts.read_requests(prompt_file)
-    if prompt is None:
-        return [Request(DEFAULT_PROMPT)]
+    return [Request(_checked(prompt)) for prompt in given or [DEFAULT_PROMPT]]
+
+
+def _checked(prompt: str) -> str:
     try:
         prompt.encode()
     except UnicodeEncodeError:
         raise UserError(f"--prompt is {prompt!r}, which is not valid UTF-8") from None
     if not has_word(prompt):
         raise UserError(f"--prompt is {prompt!r}; it needs at least one word")
-    return [Request(prompt.strip())]
+    return prompt.strip()
 
 
 def _seconds(text: str) -> float:

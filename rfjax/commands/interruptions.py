@@ -2,10 +2,11 @@
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType, TracebackType
-from typing import NoReturn
+from typing import Any
 
 
 class Terminated(KeyboardInterrupt):
@@ -13,6 +14,7 @@ class Terminated(KeyboardInterrupt):
 
 
 _RAISED = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+_AGAIN_SECONDS = 0.05
 
 
 @contextlib.contextmanager
@@ -29,13 +31,50 @@ def _handling(numbers: Iterable[int], handler: Callable[[int, FrameType | None],
             signal.signal(number, handling)
 
 
-def _raise_terminated(number: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated
+@contextlib.contextmanager
+def signals_raise() -> Iterator[None]:
+    """Let Ctrl-C raise `KeyboardInterrupt` and SIGTERM `Terminated`, so that temporary files are removed.
+
+    Where that would leave a module half imported, or Python lets nothing be raised (in JAX's callback of the garbage
+    collector, say), the signal comes again a moment later.
+    """
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        numbers = [number for number, kind in _RAISED.items() if kind is unraisable.exc_type]
+        for number in numbers:
+            _again(number)
+        if not numbers:
+            previous(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        with _handling(_RAISED, _raise):
+            yield
+    finally:
+        sys.unraisablehook = previous
 
 
-def termination_raises() -> contextlib.AbstractContextManager[None]:
-    """Let SIGTERM raise `Terminated`, as Ctrl-C raises `KeyboardInterrupt`, so that temporary files are removed."""
-    return _handling([signal.SIGTERM], _raise_terminated)
+def _raise(number: int, frame: FrameType | None) -> None:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            _again(number)
+            return
+        frame = frame.f_back
+    raise _RAISED[signal.Signals(number)]
+
+
+def _again(number: int) -> None:
+    """Send this process a signal in a moment, if it is still handled then."""
+
+    def send() -> None:
+        main = threading.main_thread().ident
+        if main is not None and callable(signal.getsignal(number)):
+            signal.pthread_kill(main, number)
+
+    timer = threading.Timer(_AGAIN_SECONDS, send)
+    timer.daemon = True
+    timer.start()
 
 
 class Interruptions:

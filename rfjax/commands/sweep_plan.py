@@ -143,7 +143,7 @@ def _prompts(study: Study, path: Path) -> list[str]:
     prompts = []
     for number, prompt in enumerate(study.prompts):
         try:
-            prompts += [request.prompt for request in generate.read_requests(prompt, None)]
+            prompts += [request.prompt for request in generate.read_requests([prompt], None)]
         except UserError as error:
             raise UserError(str(error).replace("--prompt", f"{path.name}: prompts[{number}]", 1)) from None
     return list(dict.fromkeys(prompts))

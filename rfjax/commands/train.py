@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", metavar="FILE", required=True, help="a YAML file, or the name of one in configs/train"
     )
     parser.add_argument("--output", metavar="DIR", type=output_folder, required=True, help="folder of the run")
-    add_settings(parser, "a setting in place of the file's, such as optimizer.learning_rate=1e-4")
+    add_settings(parser, "a setting in place of the file's", "optimizer.learning_rate=1e-4")
     parser.add_argument(
         "--processes",
         metavar="WHO",
@@ -51,6 +51,6 @@ def run(args: argparse.Namespace) -> None:
     config = load_train_config(find_config(args.config), dict(args.settings))
     try:
         from rfjax.commands import training  # imports JAX
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise UserError(f'training needs more packages, such as {error.name}; pip install "rfjax[train]"') from None
     training.run(config, args.output, args.processes)

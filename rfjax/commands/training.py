@@ -18,7 +18,7 @@ from rfjax.parallel.processes import ALONE, Processes
 from rfjax.sampling.budget import out_of_memory_says
 from rfjax.training.config import TrainConfig
 from rfjax.training.export import export
-from rfjax.training.loop import best_networks, mesh_of, train
+from rfjax.training.loop import CHECKPOINTS, best_networks, mesh_of, train
 from rfjax.training.setup import Setup, prepare
 
 MODEL = "model"
@@ -77,7 +77,7 @@ def _train(config: TrainConfig, setup: Setup, mesh: jax.sharding.Mesh, folder: P
 
 def _keep_cpu() -> None:
     """Let JAX have the CPU, on which networks are loaded, where JAX_PLATFORMS names other devices alone."""
-    platforms = jax.config.jax_platforms
+    platforms = jax.config.values["jax_platforms"]
     if platforms and "cpu" not in platforms.split(","):
         jax.config.update("jax_platforms", f"{platforms},cpu")
 
@@ -111,6 +111,11 @@ def _first_process_owning(folder: Path) -> contextlib.AbstractContextManager[Non
     if jax.process_index():
         return contextlib.nullcontext()
     make_folder(folder)
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if names and CHECKPOINTS not in names:
+        raise UserError(
+            f"--output {folder} holds {names[0]} but no run; an empty folder is needed, or that of a run to go on with"
+        )
     return owning(folder)
 
 

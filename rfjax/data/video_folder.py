@@ -143,14 +143,7 @@ def read_captions(config: VideoFolderConfig) -> dict[str, str]:
     """
     if kind_of(config.videos, "the videos") != "folder":
         raise UserError(f"the videos {config.videos} are not a folder that exists")
-    path = config.captions or next(
-        (config.videos / name for name in CAPTION_FILES if (config.videos / name).is_file()), None
-    )
-    if path is None:
-        raise UserError(
-            f"{config.videos} has no captions; put {' or '.join(CAPTION_FILES)} there, with each video's file "
-            "and caption, or name such a file with --captions"
-        )
+    path = config.captions or _captions_in(config.videos)
     captions: dict[str, str] = {}
     for number, row in _rows(path):
         video, caption = _value(row, VIDEO_KEYS, path, number), _value(row, CAPTION_KEYS, path, number)
@@ -158,7 +151,19 @@ def read_captions(config: VideoFolderConfig) -> dict[str, str]:
         if not video or name in captions:
             raise UserError(f"line {number} of {path} {'names no video' if not video else f'is the second of {name}'}")
         captions[name] = " ".join(caption.split())
+    if not captions:
+        raise UserError(f"the captions {path} name no video; a line a video is needed")
     return captions
+
+
+def _captions_in(folder: Path) -> Path:
+    found = [folder / name for name in CAPTION_FILES if (folder / name).is_file()]
+    if len(found) != 1:
+        raise UserError(
+            f"{folder} has {' and '.join(CAPTION_FILES) if found else 'no captions'}; put {' or '.join(CAPTION_FILES)} "
+            "there, with each video's file and caption, or name such a file with --captions"
+        )
+    return found[0]
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -200,7 +205,8 @@ def _value(row: dict[str, Any], keys: tuple[str, ...], path: Path, number: int) 
     found = next((key for key in keys if key in row), None)
     if found is None:
         known = ", ".join(row)
-        raise UserError(f"line {number} of {path} has {known or 'nothing'}; one of {', '.join(keys)} is needed")
+        line = 1 if path.suffix.lower() == ".csv" else number  # the names are those of the header
+        raise UserError(f"line {line} of {path} has {known or 'nothing'}; one of {', '.join(keys)} is needed")
     value = row[found]
     if value is None:  # a CSV row that ends early
         return ""

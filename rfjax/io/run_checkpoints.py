@@ -132,6 +132,7 @@ class Checkpoints:
                 if step is not None:
                     raise
                 self.set_aside(number, error)
+        self.check_none_damaged()
         raise UserError(f"{self._folder} has no checkpoint that can be restored")
 
     def settings(self, step: int) -> dict[str, Any]:
@@ -191,7 +192,8 @@ class Checkpoints:
         """Give a damaged checkpoint another name and report it."""
         path = self._path(step)
         aside = path.with_name(f"{path.name}{_DAMAGED}")
-        self._report(f"warning: {_line(error)}; it is now called {aside.name}, and the one before is taken")
+        instead = ", and the one before is tried" if any(other < step for other in self.steps) else ""
+        self._report(f"warning: {_line(error)}; it is now called {aside.name}{instead}")
         self._on_disk(lambda: (shutil.rmtree(aside, ignore_errors=True), path.rename(aside)))
 
     def _clean(self) -> None:

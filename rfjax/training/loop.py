@@ -79,6 +79,9 @@ def train(
         if jax.process_index() == 0:
             _write_config(config, folder / CONFIG)
         metrics.begin(first)
+        if first:
+            done = "all steps are done" if first == config.steps else f"going on after step {first} of {config.steps}"
+            console.print(f"{folder}: {done}", markup=False)
         return run.learn(state, first, reader, checkpoints, metrics, stop)
 
 

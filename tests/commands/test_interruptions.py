@@ -1,11 +1,15 @@
 """Ctrl-C and SIGTERM only where they can do no harm."""
 
+import gc
+import importlib
 import signal
+import sys
 import threading
+import time
 
 import pytest
 
-from rfjax.commands.interruptions import Interruptions, Terminated, termination_raises
+from rfjax.commands.interruptions import Interruptions, Terminated, signals_raise
 
 BOTH = pytest.mark.parametrize(
     ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)], ids=["SIGINT", "SIGTERM"]
@@ -50,7 +54,7 @@ def test_second_ctrl_c_does_not_disturb_cleaning_up():
 
 def test_handlers_are_put_back():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with termination_raises(), Interruptions():
+    with signals_raise(), Interruptions():
         during = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
         assert all(new != old for new, old in zip(during, before, strict=True))
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
@@ -60,7 +64,7 @@ def test_outside_the_main_thread_all_runs_without_handlers():
     steps = []
 
     def run():
-        with termination_raises(), Interruptions() as interruptions:
+        with signals_raise(), Interruptions() as interruptions:
             interruptions.check()
             steps.append("computed")
 
@@ -70,10 +74,55 @@ def test_outside_the_main_thread_all_runs_without_handlers():
     assert steps == ["computed"]
 
 
-def test_termination_becomes_an_exception_so_that_blocks_end():
+@BOTH
+def test_a_signal_becomes_an_exception_so_that_blocks_end(number, raised):
     def run():
-        with termination_raises():
-            signal.raise_signal(signal.SIGTERM)
+        with signals_raise():
+            signal.raise_signal(number)
 
-    with pytest.raises(Terminated):
+    with pytest.raises(KeyboardInterrupt) as caught:
         run()
+    assert caught.type is raised
+
+
+@BOTH
+def test_a_signal_lets_a_module_be_imported_whole(number, raised, tmp_path, monkeypatch):
+    (tmp_path / "struck.py").write_text(f"import signal\nsignal.raise_signal({int(number)})\nwhole = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    modules = []
+
+    def run():
+        with signals_raise():
+            modules.append(importlib.import_module("struck"))
+            time.sleep(10)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run()
+    assert caught.type is raised
+    assert modules[0].whole
+    del sys.modules["struck"]
+
+
+@BOTH
+def test_a_signal_is_not_lost_where_nothing_can_be_raised(number, raised, capfd):
+    struck = []
+
+    def callback(phase, info):
+        if not struck:
+            struck.append(phase)
+            signal.raise_signal(number)
+
+    def run():
+        with signals_raise():
+            gc.collect()
+            time.sleep(10)
+
+    gc.callbacks.append(callback)
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            run()
+    finally:
+        gc.callbacks.remove(callback)
+    assert caught.type is raised
+    assert struck
+    assert capfd.readouterr().err == ""

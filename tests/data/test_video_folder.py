@@ -153,9 +153,11 @@ def test_captions_with_separators_of_lines_that_end_none_stay_whole(tmp_path, se
     ("name", "text", "match"),
     [
         ("c.csv", "file,caption\na.mp4,a cat, a dog\n", "line 2 of .* more columns than the first; quote captions"),
-        ("c.csv", "name,caption\na.mp4,a cat\n", "line 2 of .* has name, caption; one of path, file"),
+        ("c.csv", "name,caption\na.mp4,a cat\n", "line 1 of .* has name, caption; one of path, file"),
         ("c.csv", "file,caption\n,a cat\n", "line 2 of .* names no video"),
         ("c.csv", "file,caption\na.mp4,a cat\n./a.mp4,a dog\n", r"line 3 of .* is the second of a\.mp4"),
+        ("c.csv", "file,caption\n", "name no video; a line a video is needed"),
+        ("c.jsonl", "", "name no video"),
         ("c.jsonl", '{"file": "a.mp4"}\n', "line 1 of .* has file; one of caption, text, prompt is needed"),
         ("c.jsonl", '{"file": "a.mp4", "caption": 3}\n', "line 1 of .* has caption 3; a text is needed"),
         ("c.jsonl", "a.mp4, a cat\n", "line 1 of .* is not a JSON object"),
@@ -180,6 +182,10 @@ def test_nothing_to_use_is_said_and_nothing_written(tmp_path):
     with pytest.raises(UserError, match=r"has no captions; put captions\.csv or captions\.jsonl there"):
         build(tmp_path / "clips", config(videos), say_nothing)
     write_captions(videos, {"a.mp4": "gray"})
+    (videos / "captions.jsonl").touch()
+    with pytest.raises(UserError, match=r"has captions\.csv and captions\.jsonl; put captions\.csv or captions\.jsonl"):
+        build(tmp_path / "clips", config(videos), say_nothing)
+    (videos / "captions.jsonl").unlink()
     with pytest.raises(UserError, match=r"none of the 1 videos .*; the first, a\.mp4: 4 frames at 16 a second, fewer"):
         build(tmp_path / "clips", config(videos), say_nothing)
     assert {path.name for path in tmp_path.iterdir()} == {"videos"}

@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import shutil
 
 import jax
@@ -33,11 +34,11 @@ CONFIGS = {
 }
 
 
-def learn(config, setup, folder, stop_after=None):
+def learn(config, setup, folder, stop_after=None, console=None):
     """Train; with `stop_after`, as if a signal came during that step."""
     asked = iter(range(1, 1000))
     stop = (lambda: False) if stop_after is None else (lambda: next(asked) >= stop_after)
-    return train(config, setup, mesh_of(config), folder, Console(quiet=True), stop)
+    return train(config, setup, mesh_of(config), folder, console or Console(quiet=True), stop)
 
 
 def assert_same_bits(a, b):
@@ -108,6 +109,16 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="the run in this folder has batch_size 4, this one 2"):
         learn(run_config("teacher", steps=2, batch_size=2), line_setup(), tmp_path)
     assert int(learn(run_config("teacher", steps=2), line_setup(), tmp_path).step) == 2
+
+
+def test_where_a_run_goes_on_is_said(tmp_path):
+    said = []
+    for steps in (1, 3, 3):
+        console = Console(file=io.StringIO(), width=200)
+        learn(run_config("teacher", steps=steps), line_setup(), tmp_path, console=console)
+        said.append(console.file.getvalue().splitlines()[0])
+    assert said[0].startswith("step 1 of 1")
+    assert said[1:] == [f"{tmp_path}: going on after step 1 of 3", f"{tmp_path}: all steps are done"]
 
 
 def test_fewer_steps_than_are_done_are_refused(tmp_path):

@@ -57,6 +57,8 @@ def test_the_published_preset_has_the_published_numbers():
         ({"teacher": {}}, "stage is 'vae', but it has options for 'teacher'"),
         ({"optimizer": {"name": "lion"}}, r"optimizer\.name is 'lion'; adamw or muon is needed"),
         ({"optimizer": {"schedule": "linear"}}, "schedule is 'linear'"),
+        ({"optimizer": {"warmup_steps": 0}}, "warmup_steps is 0; a positive whole number is needed, or null for none"),
+        ({"remat": 1}, "remat is 1; true or false is needed"),
         (
             {"stage": "self_forcing", "self_forcing": {"critic": {"learning_rate": -1}}},
             r"^self_forcing\.critic\.learning_rate is -1",
