@@ -12,9 +12,9 @@ SMALL = ("--model", "tiny", "--latent-frames", "6", "--dtype", "float32", "--ste
     ("stage", "players"),
     [
         ("teacher", ["model"]),
-        ("causal-diffusion", ["model"]),
-        ("causal-teacher", ["model"]),
-        ("self_forcing", ["generator", "critic"]),
+        pytest.param("causal-diffusion", ["model"], marks=pytest.mark.slow),
+        pytest.param("causal-teacher", ["model"], marks=pytest.mark.slow),
+        pytest.param("self_forcing", ["generator", "critic"], marks=pytest.mark.slow),
     ],
 )
 def test_each_player_of_a_stage_is_measured(stage, players, capsys):

@@ -1,8 +1,10 @@
 """`rfjax train`: one stage of training, from a configuration to a checkpoint folder."""
 
 import argparse
+import sys
 
 from rfjax.commands.flags import add_settings, output_folder, processes
+from rfjax.commands.interruptions import Terminated
 from rfjax.errors import UserError
 from rfjax.parallel.processes import ALONE
 
@@ -48,9 +50,12 @@ def run(args: argparse.Namespace) -> None:
     """
     from rfjax.training.config import find_config, load_train_config
 
-    config = load_train_config(find_config(args.config), dict(args.settings))
     try:
-        from rfjax.commands import training  # imports JAX
-    except ModuleNotFoundError as error:
-        raise UserError(f'training needs more packages, such as {error.name}; pip install "rfjax[train]"') from None
-    training.run(config, args.output, args.processes)
+        config = load_train_config(find_config(args.config), dict(args.settings))
+        try:
+            from rfjax.commands import training  # imports JAX
+        except ModuleNotFoundError as error:
+            raise UserError(f'training needs more packages, such as {error.name}; pip install "rfjax[train]"') from None
+        training.run(config, args.output, args.processes)
+    except Terminated:  # before the first step or after the last
+        print("stopped; nothing is lost, and the same command goes on", file=sys.stderr)

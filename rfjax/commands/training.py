@@ -35,7 +35,8 @@ def run(config: TrainConfig, folder: Path, processes: Processes | None = ALONE) 
 
     Raises:
         UserError: an input is wrong, the folder cannot be written or is another run's now, or the loss diverged.
-        KeyboardInterrupt: Ctrl-C was pressed; the state is saved.
+        KeyboardInterrupt: Ctrl-C was pressed, or `Terminated` by SIGTERM before the first step or after the last; the
+            state is saved.
     """
     _keep_cpu()
     if processes != ALONE:
@@ -45,14 +46,11 @@ def run(config: TrainConfig, folder: Path, processes: Processes | None = ALONE) 
     console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=jax.process_index() > 0)
     mesh = mesh_of(config)
     smaller = "data.crop" if config.stage == "vae" else "remat"
-    try:
-        # Whole networks are loaded; the first device alone would have to hold all of them.
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            setup = prepare(config)
-        with _first_process_owning(folder), out_of_memory_says(f"{smaller}, {_LESS_MEMORY}"):
-            _train(config, setup, mesh, folder, console)
-    except Terminated:  # before the first step or after the last
-        console.print("stopped; nothing is lost, and the same command goes on")
+    # Whole networks are loaded; the first device alone would have to hold all of them.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        setup = prepare(config)
+    with _first_process_owning(folder), out_of_memory_says(f"{smaller}, {_LESS_MEMORY}"):
+        _train(config, setup, mesh, folder, console)
 
 
 def _train(config: TrainConfig, setup: Setup, mesh: jax.sharding.Mesh, folder: Path, console: Console) -> None:

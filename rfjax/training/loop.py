@@ -82,6 +82,8 @@ def train(
         if first:
             done = "all steps are done" if first == config.steps else f"going on after step {first} of {config.steps}"
             console.print(f"{folder}: {done}", markup=False)
+        if first < config.steps:
+            console.print("compiling")
         return run.learn(state, first, reader, checkpoints, metrics, stop)
 
 
@@ -151,7 +153,9 @@ class _Run:
                 if done % config.log_every == 0 or ending or done == first + 1:
                     means = watch.look() | self._rates(done)
                     now = time.monotonic()
-                    metrics.log(done, means, (done - seen) * config.batch_size / (now - since))
+                    # Until the first step has been made, the programs were compiled.
+                    speed = None if done == first + 1 else (done - seen) * config.batch_size / (now - since)
+                    metrics.log(done, means, speed)
                     since, seen = now, done
                 if done % config.checkpoint.every == 0 or ending:
                     watch.look()

@@ -60,18 +60,20 @@ class Metrics:
         """Go on after this step: what an earlier process wrote about later ones is not shown any more."""
         self._board.newest = step
 
-    def log(self, step: int, numbers: Mapping[str, float], examples_per_second: float) -> None:
+    def log(self, step: int, numbers: Mapping[str, float], examples_per_second: float | None) -> None:
         """Show and keep the numbers of a step.
 
         Args:
             step: Its number; the first is 1.
             numbers: By name, such as `generator/loss`.
-            examples_per_second: Of all devices.
+            examples_per_second: Of all devices; None where nothing can be said of it.
         """
         if not self._writes:
             return
         self._console.print(self._line(step, numbers, examples_per_second), markup=False)
-        scalars = {**numbers, "examples_per_second": examples_per_second}
+        scalars = dict(numbers)
+        if examples_per_second is not None:
+            scalars["examples_per_second"] = examples_per_second
         self._keep(step, [{"tag": name, "simple_value": value} for name, value in scalars.items()])
 
     def video(self, step: int, name: str, frames: UInt8[np.ndarray, "T H W 3"], fps: int) -> None:
@@ -97,7 +99,7 @@ class Metrics:
         if failure:
             self._console.print(f"warning: {failure}; training goes on", markup=False)
 
-    def _line(self, step: int, numbers: Mapping[str, float], examples_per_second: float) -> str:
+    def _line(self, step: int, numbers: Mapping[str, float], examples_per_second: float | None) -> str:
         players: dict[str, list[str]] = {}
         for name, value in numbers.items():
             player, _, quantity = name.rpartition("/")
@@ -106,7 +108,7 @@ class Metrics:
         groups = [
             f"{name}: {' '.join(shown)}" if named and name else " ".join(shown) for name, shown in players.items()
         ]
-        speed = f"{examples_per_second:.3g} examples/s"
+        speed = "" if examples_per_second is None else f"{examples_per_second:.3g} examples/s"
         counted = f"step {step:{len(str(self._total))}d} of {self._total}"
         return " | ".join([counted, *groups, *filter(None, [speed, self._left(step)])])
 
