@@ -43,7 +43,14 @@ def flow(model: Model):
     return run(model.transformer), jax.grad(lambda params: jnp.sum(run(params) ** 2))(model.transformer)
 
 
-@pytest.mark.parametrize(("every", "layers", "new"), [(1, 6, [1, 3, 5]), (2, 4, [2]), (3, 4, [3])])
+@pytest.mark.parametrize(
+    ("every", "layers", "new"),
+    [
+        pytest.param(1, 6, [1, 3, 5], marks=pytest.mark.slow),
+        pytest.param(2, 4, [2], marks=pytest.mark.slow),
+        (3, 4, [3]),
+    ],
+)
 def test_says_the_same_and_all_its_layers_learn(every, layers, new, grow):
     small, grown = grow(every)
     assert grown.config.transformer.num_layers == layers

@@ -248,7 +248,7 @@ class TrainConfig(_Config):
     """Steps between two lines of metrics."""
     sample: SampleConfig | None = None
     vae: VAEOptions | None = None
-    """The stage's own options, which are there by default; those of other stages are None. So with the next four."""
+    """Of this and the next four the run's stage has its own, by default if the file has none; the others are None."""
     teacher: TeacherOptions | None = None
     causal: CausalOptions | None = None
     ode: ODEOptions | None = None
