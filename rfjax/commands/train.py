@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from types import ModuleType
 
 from rfjax.commands.flags import add_settings, output_folder, processes
 from rfjax.commands.interruptions import Terminated
@@ -52,10 +53,15 @@ def run(args: argparse.Namespace) -> None:
 
     try:
         config = load_train_config(find_config(args.config), dict(args.settings))
-        try:
-            from rfjax.commands import training  # imports JAX
-        except ModuleNotFoundError as error:
-            raise UserError(f'training needs more packages, such as {error.name}; pip install "rfjax[train]"') from None
-        training.run(config, args.output, args.processes)
+        _training().run(config, args.output, args.processes)
     except Terminated:  # before the first step or after the last
         print("stopped; nothing is lost, and the same command goes on", file=sys.stderr)
+
+
+def _training() -> ModuleType:
+    """Import what trains, and JAX with it."""
+    try:
+        from rfjax.commands import training
+    except ModuleNotFoundError as error:
+        raise UserError(f'training needs more packages, such as {error.name}; pip install "rfjax[train]"') from None
+    return training

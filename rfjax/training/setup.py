@@ -75,9 +75,9 @@ def prepare(config: TrainConfig) -> Setup:
     if config.stage == "self_forcing":
         params["critic"] = {"transformer": _first_critic(config, model)}
         for option in TEACHERS:
-            if folder := getattr(config.options, option):
-                frozen[option] = load_network(local(folder), "transformer", config.dtype)
-    frozen |= _fixed_prompts(config, model, tokenizer, frozen)
+            if teacher := getattr(config.options, option):
+                frozen[option] = load_network(local(teacher), "transformer", config.dtype)
+    frozen |= _fixed_prompts(config, model, folder, tokenizer, frozen)
     return Setup(stage, model, params, frozen, source, transforms, tokenizer)
 
 
@@ -243,7 +243,7 @@ def _check_sizes(
 
 
 def _fixed_prompts(
-    config: TrainConfig, model: ModelConfig, tokenizer: Tokenizer | None, frozen: Mapping[str, Any]
+    config: TrainConfig, model: ModelConfig, folder: Path, tokenizer: Tokenizer | None, frozen: Mapping[str, Any]
 ) -> dict[str, AnyArray]:
     """The prompts that the run itself uses: tokens where the text encoder learns, else embeddings.
 
@@ -266,7 +266,7 @@ def _fixed_prompts(
             f"{name}_{part}": a for name, pair in tokens.items() for part, a in zip(("ids", "mask"), pair, strict=True)
         }
     # Loaded for these alone where the data has embeddings, and let go of.
-    params = frozen.get("text_encoder") or load_network(local(config.init), "text_encoder", config.dtype)
+    params = frozen.get("text_encoder") or load_network(folder, "text_encoder", config.dtype)
     return {
         f"{name}_embeds": encode_tokens(model.umt5, params, *map(jnp.asarray, pair)) for name, pair in tokens.items()
     }
