@@ -69,10 +69,11 @@ if python -c 'import jax, sys; sys.exit(jax.default_backend() == "cpu")'; then s
 else stage score --set steps=2700 batch_size=32 dtype=float32; fi
 
 section causal
+unless runs/separated python scripts/separate_things.py runs/score/model runs/separated
 longs    # the data, where the script begins here
 stage causal
 shorts   # for their captions
-unless runs/trajectories rfjax data trajectories --prompts runs/shorts --checkpoint runs/score/model \
+unless runs/trajectories rfjax data trajectories --prompts runs/shorts --checkpoint runs/separated \
   --output runs/trajectories --count 768 --latent-frames 9 --solver-steps 16 --batch-size 32 --guidance 2.5
 stage ode
 stage self_forcing
