@@ -31,8 +31,8 @@ from rfjax.models.text_encoder import encode_tokens
 from rfjax.models.tokenizer import Tokenizer
 from rfjax.sampling.codec import tokenizer_of
 
-CAPTIONS = 32
-"""In a step."""
+CAPTIONS = 64
+"""In a step; half of them have two things."""
 OTHERS = 8
 """Things that stand beside each of two in place of the other."""
 LEARNING_RATE = 1e-3
