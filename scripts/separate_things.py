@@ -25,7 +25,7 @@ import rfjax
 from rfjax.config import TextEncoderConfig
 from rfjax.data.shapes import COLOURS, KINDS, SIDES, Scene, caption, held_out, random_scene
 from rfjax.errors import UserError
-from rfjax.io.checkpoints import TOKENIZER, check_output, load_network, parameter_trees, save
+from rfjax.io.checkpoints import TOKENIZER, check_output, save
 from rfjax.models.functional import Params
 from rfjax.models.text_encoder import encode_tokens
 from rfjax.models.tokenizer import Tokenizer
@@ -40,7 +40,7 @@ LOG_EVERY = 100
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the checkpoint with the new text encoder, in float32.
+    """Write the checkpoint with the new text encoder, which is in float32.
 
     Raises:
         UserError: there is no checkpoint with a text encoder and a tokenizer, the output is in use, or --steps is no
@@ -58,9 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = tokenizer_of(model)
     if model.config.umt5 is None or model.text_encoder is None:
         raise UserError(f"{args.source} has no text encoder; one that knows moving shapes is needed")
-    params = {name: load_network(args.source, name, "float32") for name in parameter_trees(model.config)}
-    params["text_encoder"] = separated(model.config.umt5, model.text_encoder, tokenizer, args.steps)
-    save(args.output, model.config, params, args.source / TOKENIZER)
+    learnt = separated(model.config.umt5, model.text_encoder, tokenizer, args.steps)
+    save(args.output, model.config, {"text_encoder": learnt}, args.source / TOKENIZER, rest=args.source)
 
 
 def separated(config: TextEncoderConfig, params: Params, tokenizer: Tokenizer, steps: int) -> Params:
